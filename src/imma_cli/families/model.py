@@ -1,0 +1,69 @@
+"""A loaded text-to-image model: the parts that every room works with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from imma_cli.families.family import Family
+
+
+@dataclass
+class Model:
+    """The parts of one checkpoint in memory.
+
+    The parts are diffusers' and transformers' own classes; *family* knows how they work together.
+    """
+
+    family: Family
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: Any
+    """The noise schedule the model was trained with, as a diffusers scheduler that can add noise."""
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The parts with weights, by their diffusers name."""
+        return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    def to(self, device: torch.device | str) -> Model:
+        for network in self.networks.values():
+            network.to(device)
+        return self
+
+    def freeze(self) -> Model:
+        """Evaluation mode, no weight asks for a gradient."""
+        for network in self.networks.values():
+            network.requires_grad_(False).eval()
+        return self
+
+    def sharing(self, private: Iterable[torch.Tensor] = ()) -> Model:
+        """A second model with modules and tokenizer of its own over the **same** weights.
+
+        What is attached to one (adapters, hooks, tokens) is not seen by the other, while a change of a shared weight is
+        seen by both. *private* weights are copied instead of shared.
+        """
+        apart = {id(p) for p in private}
+        memo: dict[int, Any] = {}
+        for network in self.networks.values():
+            for tensor in [*network.parameters(), *network.buffers()]:
+                if id(tensor) not in apart:
+                    memo[id(tensor)] = tensor
+        return replace(
+            self,
+            unet=copy.deepcopy(self.unet, memo),
+            text_encoder=copy.deepcopy(self.text_encoder, memo),
+            tokenizer=copy.deepcopy(self.tokenizer),
+        )
