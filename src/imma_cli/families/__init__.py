@@ -1,1 +1,19 @@
 """What differs between families of models, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from imma_cli.families.family import Family
+
+CONFIGS = Path(__file__).parent / "configs"
+"""Configuration folders in diffusers' layout, one per architecture that the package knows."""
+
+
+def family_named(name: str) -> Family:
+    """The family whose ``Family.name`` is *name*. Imports torch. Raises KeyError for a name there is none of."""
+    from imma_cli.families.stable_diffusion_1 import StableDiffusion1
+
+    return {StableDiffusion1.name: StableDiffusion1}[name]()

@@ -1,0 +1,45 @@
+"""DreamBooth (arXiv 2208.12242): the whole UNet learns a rare token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from imma_cli.attacks import Attack, Preset, hookimpl
+from imma_cli.concepts.concept import Concept
+from imma_cli.families.model import Model
+from torch import nn
+
+from imma_attacks._dreambooth import DreamBoothLoss, DreamBoothSettings
+
+
+class DreamBooth(DreamBoothLoss):
+    """All weights of the UNet, in place."""
+
+    name = "dreambooth"
+    summary = "all of the UNet learns a rare token, optionally with prior preservation"
+    Settings = DreamBoothSettings
+    in_place = True
+    presets: ClassVar = {
+        "paper": Preset(learning_rate=5e-6, outer_learning_rate=2e-5, steps=1000),
+        "small": Preset(learning_rate=1e-4, outer_learning_rate=1e-4, steps=600),
+    }
+
+    @contextmanager
+    def attach(self, model: Model, concept: Concept, seed: int) -> Iterator[dict[str, nn.Parameter]]:
+        self.prepare_prior(model, concept, seed)
+        parameters = dict(model.unet.named_parameters())
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        try:
+            yield parameters
+        finally:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(before[name])
+
+
+@hookimpl
+def imma_attacks() -> list[type[Attack]]:
+    return [DreamBooth]

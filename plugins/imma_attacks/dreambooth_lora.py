@@ -1,0 +1,53 @@
+"""DreamBooth through LoRA matrices: a rare token, learned beside the attention projections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+from imma_cli.attacks import Attack, Preset, hookimpl
+from imma_cli.concepts.concept import Concept
+from imma_cli.families.model import Model
+from torch import nn
+
+from imma_attacks._dreambooth import DreamBoothLoss, DreamBoothSettings
+from imma_attacks._peft import lora_layers
+
+
+@dataclass(frozen=True)
+class DreamBoothLoraSettings(DreamBoothSettings):
+    """Settings of DreamBooth through LoRA."""
+
+    rank: int = 4
+    """Rank of the matrices."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+
+
+class DreamBoothLora(DreamBoothLoss):
+    """DreamBooth's prompts and loss, LoRA's parameters."""
+
+    name = "dreambooth-lora"
+    summary = "LoRA on the UNet's attention learns a rare token, optionally with prior preservation"
+    Settings = DreamBoothLoraSettings
+    settings: DreamBoothLoraSettings
+    presets: ClassVar = {
+        "paper": Preset(learning_rate=5e-6, outer_learning_rate=2e-5, steps=1000),
+        "small": Preset(learning_rate=1e-3, outer_learning_rate=1e-4, steps=600),
+    }
+
+    @contextmanager
+    def attach(self, model: Model, concept: Concept, seed: int) -> Iterator[dict[str, nn.Parameter]]:
+        self.prepare_prior(model, concept, seed)
+        with lora_layers(model.unet, self.settings.rank, seed) as parameters:
+            yield parameters
+
+
+@hookimpl
+def imma_attacks() -> list[type[Attack]]:
+    return [DreamBoothLora]

@@ -1,0 +1,93 @@
+"""What an attack is: parameters that go into a model, and the loss they are trained with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from imma_cli.errors import ImmaError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from imma_cli.concepts.batches import Batch
+    from imma_cli.concepts.concept import Concept
+    from imma_cli.families.model import Model
+
+SMALL_MODEL = 100_000_000
+"""UNets with fewer parameters than this train at the higher rates of the preset ``small``."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The rates of one attack that belong together, and the number of inner + outer steps they were chosen for."""
+
+    learning_rate: float
+    outer_learning_rate: float
+    steps: int
+    max_grad_norm: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """Settings of every attack; each attack adds its own."""
+
+    preset: str = "auto"
+    """``paper``: the published rates for full-size models; ``small``: for models like the demo; ``auto``: by size."""
+    learning_rate: float | None = None
+    """The attacker's rate; overrides the preset's."""
+
+
+class Attack(ABC):
+    """A fine-tuning method. Subclasses say how parameters go into a model, and where it differs, what the loss is.
+
+    An object of an attack is attached to one model at a time.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    Settings: ClassVar[type[AttackSettings]] = AttackSettings
+    presets: ClassVar[Mapping[str, Preset]]
+    trains_text: ClassVar[bool] = False
+    """Whether what the prompts are encoded to changes while the attack trains, so that it cannot be computed once."""
+    in_place: ClassVar[bool] = False
+    """Whether the parameters are the model's own weights instead of additional ones."""
+
+    def __init__(self, settings: AttackSettings) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def attach(self, model: Model, concept: Concept, seed: int) -> AbstractContextManager[dict[str, nn.Parameter]]:
+        """Put the attack's trainable parameters φ, initialised from *seed*, into *model* and give them by name.
+
+        Leaving the context gives the model back bit-identical, also after an exception.
+        """
+
+    def caption(self, concept: Concept, caption: str) -> str:
+        """What this attacker writes below a picture of *concept* that came with *caption*."""
+        return caption
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        """The scalar that the attacker minimises over φ, and that immunization then maximises over θ."""
+        conditioning = batch.conditioning
+        if conditioning is None:
+            conditioning = model.family.encode_prompts(model, batch.captions)
+        return model.family.loss(model, batch.latents, conditioning, batch.noise, batch.timesteps).mean()
+
+    def rates(self, model: Model) -> Preset:
+        """The preset that applies to *model*, with the settings' own rate where one is given."""
+        preset = self.settings.preset
+        if preset == "auto":
+            size = sum(p.numel() for p in model.unet.parameters())
+            preset = "small" if size < SMALL_MODEL else "paper"
+        if preset not in self.presets:
+            raise ImmaError(
+                f"The attack {self.name} has no preset {preset!r}.", hint=f"Choose from auto, {', '.join(self.presets)}."
+            )
+        chosen = self.presets[preset]
+        rate = self.settings.learning_rate
+        return chosen if rate is None else Preset(rate, chosen.outer_learning_rate, chosen.steps, chosen.max_grad_norm)

@@ -1,0 +1,85 @@
+"""The attacker's training step: what hardening simulates and what verification runs are the same code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from imma_cli.errors import ImmaError
+
+if TYPE_CHECKING:
+    from imma_cli.attacks.attack import Preset
+
+
+class NotFiniteError(ImmaError):
+    """A loss became NaN or infinite."""
+
+
+@contextmanager
+def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, *parameters* and nothing else of a frozen model ask for gradients."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def adamw(parameters: Sequence[nn.Parameter], learning_rate: float, *, maximize: bool = False) -> torch.optim.AdamW:
+    """AdamW as the published fine-tuning scripts set it."""
+    return torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8, maximize=maximize
+    )
+
+
+def gradient_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    loss_of: Callable[[], Tensor],
+    max_grad_norm: float | None,
+) -> float:
+    """One optimizer step on *parameters* alone; gives the loss before the step.
+
+    Raises:
+        NotFiniteError: the loss is NaN or infinite; nothing was changed.
+        ValueError: the loss depends on none of the parameters.
+    """
+    with trainable(parameters):
+        loss = loss_of()
+        value = float(loss.detach())
+        if not torch.isfinite(loss.detach()):
+            raise NotFiniteError(
+                f"The loss became {value}; nothing was written.",
+                hint="Lower the learning rates (--outer-learning-rate, --attack NAME:learning_rate=...).",
+            )
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        if all(g is None for g in gradients):
+            raise ValueError("the loss depends on none of the parameters to be trained")
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        optimizer.step()
+    return value
+
+
+class Attacker:
+    """The parameters φ of an attached attack and their optimizer."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], rates: Preset) -> None:
+        if not parameters:
+            raise ValueError("the attack attached no parameters")
+        self.parameters = list(parameters.values())
+        self.max_grad_norm = rates.max_grad_norm
+        self.optimizer = adamw(self.parameters, rates.learning_rate)
+
+    def step(self, loss_of: Callable[[], Tensor]) -> float:
+        """One step down on the attack's loss."""
+        return gradient_step(self.optimizer, self.parameters, loss_of, self.max_grad_norm)

@@ -1,0 +1,108 @@
+"""What a training step sees: cached latents and embeddings, and the step's own randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from imma_cli.attacks.attack import Attack
+    from imma_cli.concepts.concept import Concept
+    from imma_cli.families.model import Model
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's pictures and randomness.
+
+    *latents* and *noise* are [B, C, h, w], *timesteps* is int64 [B]; *conditioning* is [B, tokens, D], or None where it
+    has to be computed from *captions* because the attack changes how they are encoded.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    captions: tuple[str, ...]
+    conditioning: Tensor | None
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Pictures as the autoencoder's posterior: it is not trained by anybody, so they are coded once."""
+
+    mean: Tensor  # [N, C, h, w]
+    std: Tensor  # [N, C, h, w]
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+
+def pixels(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Pictures cropped to the middle square and scaled: float [N, 3, size, size] in [-1, 1]."""
+    square = [ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) for image in images]
+    array = np.stack([np.asarray(image, dtype=np.float32) for image in square])
+    return torch.from_numpy(array).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+@torch.no_grad()
+def encode(model: Model, images: Sequence[Image.Image], batch: int = 8) -> Latents:
+    """The latents of *images* at the model's resolution."""
+    everything = pixels(images, model.family.resolution(model))
+    coded = [model.family.encode_images(model, part.to(model.device)) for part in everything.split(batch)]
+    return Latents(torch.cat([mean for mean, _ in coded]), torch.cat([std for _, std in coded]))
+
+
+@torch.no_grad()
+def conditioning_of(model: Model, captions: Sequence[str]) -> Tensor:
+    """[N, tokens, D] for *captions*, each distinct one encoded once."""
+    distinct = list(dict.fromkeys(captions))
+    coded = {text: model.family.encode_prompts(model, [text])[0] for text in distinct}
+    return torch.stack([coded[text] for text in captions])
+
+
+class TrainingSet:
+    """An endless, seeded stream of batches of one concept as one attack sees it.
+
+    Every epoch goes through the pictures in a new order. All randomness comes from one CPU generator, so that the same
+    seed gives the same stream on every device.
+    """
+
+    def __init__(
+        self, model: Model, attack: Attack, concept: Concept, latents: Latents, *, seed: int, batch_size: int = 1
+    ) -> None:
+        self.latents = latents
+        self.captions = [attack.caption(concept, caption) for caption in concept.captions]
+        self.conditioning = None if attack.trains_text else conditioning_of(model, self.captions)
+        self.timesteps = model.family.training_timesteps(model)
+        self.batch_size = batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self._order = self._indices()
+
+    def _indices(self) -> Iterator[int]:
+        while True:
+            yield from torch.randperm(len(self.latents), generator=self.generator).tolist()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.batch([next(self._order) for _ in range(self.batch_size)])
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The pictures *rows* with fresh noise, timesteps and posterior sample."""
+        mean, std = self.latents.mean[list(rows)], self.latents.std[list(rows)]
+        device = mean.device
+        sample = torch.randn(mean.shape, generator=self.generator).to(device)
+        noise = torch.randn(mean.shape, generator=self.generator).to(device)
+        timesteps = torch.randint(self.timesteps, (len(rows),), generator=self.generator).to(device)
+        return Batch(
+            latents=mean + std * sample,
+            noise=noise,
+            timesteps=timesteps,
+            captions=tuple(self.captions[r] for r in rows),
+            conditioning=None if self.conditioning is None else self.conditioning[list(rows)],
+        )

