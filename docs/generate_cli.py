@@ -41,10 +41,11 @@ def help_of(*command: str) -> str:
 def commands() -> list[str]:
     """The commands in the order in which ``imma --help`` lists them."""
     import typer.main
+
     from imma_cli.cli import app
 
     group = typer.main.get_command(app)
-    return [name for name, command in group.commands.items() if not command.hidden]  # type: ignore[attr-defined]
+    return [name for name, command in group.commands.items() if not command.hidden]
 
 
 def reference() -> str:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
+
+from imma_cli.attacks.manager import discover
+from imma_cli.attacks.settings import describe, parse_attacks
+from imma_cli.attacks.training import Attacker
+from imma_cli.concepts.batches import TrainingSet, encode
+from imma_cli.concepts.concept import Concept
+from imma_cli.families.model import Model
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -37,9 +45,6 @@ def test_every_attack_that_ships_has_a_section() -> None:
 
 
 def test_every_setting_and_every_rate_of_an_attack_is_documented() -> None:
-    from imma_cli.attacks.manager import discover
-    from imma_cli.attacks.settings import describe
-
     page = (DOCS / "attacks.md").read_text(encoding="utf-8")
     common, *rest = re.split(r"^## `", page, flags=re.MULTILINE)
     sections = dict(section.split("`\n", 1) for section in rest)
@@ -52,6 +57,26 @@ def test_every_setting_and_every_rate_of_an_attack_is_documented() -> None:
         for preset, rates in found.attack.presets.items():
             row = f"| `{preset}` | {rates.learning_rate:.0e} | {rates.outer_learning_rate:.0e} | {rates.steps} |"
             assert row.replace("e-0", "e-") in sections[name], f"{name}: the page has no row {row}"
+
+
+def test_the_example_plugin_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Model) -> None:
+    page = (DOCS / "writing-an-attack.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "imma_custom_diffusion.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry = discover([EntryPoint("custom-diffusion", "imma_custom_diffusion", "imma")])
+    assert not registry.broken
+    (attack,) = parse_attacks(["custom-diffusion:token=xyz"], registry)
+    picture = Image.new("RGB", (64, 64), "teal")
+    concept = Concept("apple", (picture,), ("an apple",), "test")
+    before = {name: weight.clone() for name, weight in tiny_model.unet.state_dict().items()}
+    with attack.attach(tiny_model, concept, 0) as parameters:
+        batch = next(iter(TrainingSet(tiny_model, attack, concept, encode(tiny_model, concept.images), seed=0)))
+        assert batch.captions == ("a xyz apple",)
+        Attacker(parameters, attack.rates(tiny_model)).step(lambda: attack.loss(tiny_model, batch))
+        changed = {n for n, w in tiny_model.unet.state_dict().items() if not w.equal(before[n])}
+        assert changed == set(parameters)
+    assert all(weight.equal(before[name]) for name, weight in tiny_model.unet.state_dict().items())
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))], ids=str)

@@ -40,9 +40,10 @@ def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
 
 def test_every_command_is_listed() -> None:
     import typer.main
+
     from imma_cli.cli import app
 
-    assert set(typer.main.get_command(app).commands) == set(COMMANDS)  # type: ignore[attr-defined]
+    assert set(typer.main.get_command(app).commands) == set(COMMANDS)
 
 
 def test_the_attacks_are_found_through_entry_points() -> None:

@@ -84,9 +84,15 @@ class StableDiffusion1(Family):
             requires_safety_checker=False,
         )
         pipeline.set_progress_bar_config(disable=True)
+        side = self.resolution(model)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         images = pipeline(
-            list(prompts), num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators
+            list(prompts),
+            height=side,
+            width=side,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=generators,
         ).images
         return cast("list[Image]", images)
 
