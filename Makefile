@@ -28,8 +28,9 @@ demo: $(VENV)/installed
 	  --images $(STYLE)/defend --attack lora \
 	  --output demo/model-immunized.safetensors --force
 	imma verify demo/model-immunized.safetensors --against demo/model.safetensors \
-	  --concept "high contrast style" --images $(STYLE)/attack --judge $(STYLE)/judge \
-	  --attack lora
+	  --concept "high contrast style" --attack lora \
+	  --images $(STYLE)/attack \
+	  --judge $(STYLE)/judge
 	@echo
 	@echo "These are ordinary commands: type '. $(VENV)/bin/activate', and imma is there."
 
@@ -44,7 +45,7 @@ types: $(VENV)/installed-dev
 	mypy
 
 docs: $(VENV)/installed-dev
-	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) site demo .pytest_cache .mypy_cache .ruff_cache

@@ -35,7 +35,7 @@ def help_of(*command: str) -> str:
     )
     if done.returncode:
         raise SystemExit(f"imma {' '.join(command)} --help failed:\n{done.stdout}{done.stderr}")
-    return "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in done.stdout.splitlines()).strip("\n")
 
 
 def commands() -> list[str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from imma_cli.attacks import Attack, AttackSettings
 from imma_cli.concepts.batches import Batch, Latents, conditioning_of, encode
 from imma_cli.concepts.concept import Concept
 from imma_cli.concepts.drawing import draw_concept
 from imma_cli.families.model import Model
-from torch import Tensor
 
 
 @dataclass(frozen=True)

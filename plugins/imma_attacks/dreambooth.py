@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
-from imma_cli.attacks import Attack, Preset, hookimpl
-from imma_cli.concepts.concept import Concept
-from imma_cli.families.model import Model
 from torch import nn
 
 from imma_attacks._dreambooth import DreamBoothLoss, DreamBoothSettings
+from imma_cli.attacks import Attack, Preset, hookimpl
+from imma_cli.concepts.concept import Concept
+from imma_cli.families.model import Model
 
 
 class DreamBooth(DreamBoothLoss):

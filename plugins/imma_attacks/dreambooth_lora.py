@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
-from imma_cli.attacks import Attack, Preset, hookimpl
-from imma_cli.concepts.concept import Concept
-from imma_cli.families.model import Model
 from torch import nn
 
 from imma_attacks._dreambooth import DreamBoothLoss, DreamBoothSettings
 from imma_attacks._peft import lora_layers
+from imma_cli.attacks import Attack, Preset, hookimpl
+from imma_cli.concepts.concept import Concept
+from imma_cli.families.model import Model
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor, nn
+
 from imma_cli.attacks import Attack, AttackSettings, Preset, hookimpl
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ class Attack(ABC):
             preset = "small" if size < SMALL_MODEL else "paper"
         if preset not in self.presets:
             raise ImmaError(
-                f"The attack {self.name} has no preset {preset!r}.", hint=f"Choose from auto, {', '.join(self.presets)}."
+                f"The attack {self.name} has no preset {preset!r}.",
+                hint=f"Choose from auto, {', '.join(self.presets)}.",
             )
         chosen = self.presets[preset]
         rate = self.settings.learning_rate

@@ -104,4 +104,3 @@ def _check(attack: type[Attack]) -> None:
     abstract = sorted(getattr(attack, "__abstractmethods__", ()))
     if abstract:
         raise TypeError(f"{attack.__name__} does not implement {', '.join(abstract)}")
-

@@ -16,7 +16,13 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def refuse_output(
-    output: Path, source: Path, *, force: bool, folder: bool, needed: int = 0, replaceable: Callable[[Path], bool] = lambda _: True
+    output: Path,
+    source: Path,
+    *,
+    force: bool,
+    folder: bool,
+    needed: int = 0,
+    replaceable: Callable[[Path], bool] = lambda _: True,
 ) -> None:
     """Raises ImmaError with every reason why *output* cannot be written from *source*; returns where nothing speaks against it.
 
@@ -108,7 +114,9 @@ def _temporary(output: Path, force: bool) -> Iterator[Path]:
                 ["the disk is full (or a quota is used up)"],
                 hint="Nothing was written. Free some space, or choose another place with --output.",
             ) from error
-        raise ImmaError(f"cannot write {output}", [error.strerror or str(error)], hint="Nothing was written.") from error
+        raise ImmaError(
+            f"cannot write {output}", [error.strerror or str(error)], hint="Nothing was written."
+        ) from error
     except BaseException:  # also Ctrl-C: no exception may leave half a file behind
         _remove([temporary])
         raise

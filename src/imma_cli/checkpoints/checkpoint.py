@@ -89,11 +89,16 @@ class Checkpoint:
     @cached_property
     def entries(self) -> dict[str, dict[str, tuple[WeightFile, Entry]]]:
         """Per part, where each of its keys stands."""
-        everywhere = {part: self.files for part in self.shapes}
+        everywhere = dict.fromkeys(self.shapes, self.files)
         if self.layout == "folder":
             everywhere = {part: tuple(f for f in self.files if f.path.parent.name == part) for part in self.shapes}
         return {
-            part: {key: (file, file.header.entries[key]) for file in files for key in file.header.entries if key in self.shapes[part]}
+            part: {
+                key: (file, file.header.entries[key])
+                for file in files
+                for key in file.header.entries
+                if key in self.shapes[part]
+            }
             for part, files in everywhere.items()
         }
 
@@ -156,7 +161,9 @@ class Checkpoint:
         """Raises ImmaError, with every reason, where :meth:`write` could not write *output*. Call it before long work."""
         single = self.layout == "single-file"
         if single and output.suffix != ".safetensors":
-            raise ImmaError(f"cannot write {output}", ["its name does not end in .safetensors, which is what is written"])
+            raise ImmaError(
+                f"cannot write {output}", ["its name does not end in .safetensors, which is what is written"]
+            )
         refuse_output(output, self.path, force=force, folder=not single, needed=self.size, replaceable=_is_model_folder)
 
     def write(
@@ -196,12 +203,18 @@ def open_checkpoint(path: Path, config: Path | None = None) -> Checkpoint:
         return _open_folder(path, config)
     file = WeightFile.open(path)
     match = match_single_file(path, file.header, config)
-    return Checkpoint(path, "single-file", match.architecture, match.config, (file,), match.shapes, notices=_notices([file]))
+    return Checkpoint(
+        path, "single-file", match.architecture, match.config, (file,), match.shapes, notices=_notices([file])
+    )
 
 
 def _open_folder(path: Path, config: Path | None) -> Checkpoint:
     if config is not None:
-        raise ImmaError(f"cannot use {config} for {path}", ["a diffusers folder carries its own configuration"], hint="Leave out --config.")
+        raise ImmaError(
+            f"cannot use {config} for {path}",
+            ["a diffusers folder carries its own configuration"],
+            hint="Leave out --config.",
+        )
     if not (path / "model_index.json").is_file():
         lone = sorted(path.glob("*.safetensors"))
         hint = f"Did you mean {lone[0]}?" if len(lone) == 1 else None
@@ -210,7 +223,9 @@ def _open_folder(path: Path, config: Path | None) -> Checkpoint:
     headers = folders.read_headers(parts)
     match: Match = folders.match_folder(path, headers)
     files = tuple(
-        WeightFile.open(file, header) for part in PREFIXES for file, header in zip(parts[part].paths, headers[part], strict=True)
+        WeightFile.open(file, header)
+        for part in PREFIXES
+        for file, header in zip(parts[part].paths, headers[part], strict=True)
     )
     variants = {part: found.variant for part, found in parts.items()}
     return Checkpoint(path, "folder", match.architecture, path, files, match.shapes, variants, notices=_notices(files))
@@ -229,7 +244,9 @@ def _notices(files: Iterable[WeightFile]) -> tuple[str, ...]:
             try:
                 json.loads(record)
             except ValueError:
-                found.append(f"The metadata key 'imma' of {file.path.name} is not JSON, so it is not imma's record; writing replaces it.")
+                found.append(
+                    f"The metadata key 'imma' of {file.path.name} is not JSON, so it is not imma's record; writing replaces it."
+                )
     return tuple(found)
 
 

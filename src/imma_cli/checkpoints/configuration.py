@@ -16,7 +16,11 @@ def configuration_faults(folder: Path) -> Iterator[str]:
         yield f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist"
         return
     described: dict[str, dict[str, Any]] = {}
-    for name in ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in (*CLASSES, "text_encoder"))):
+    for name in (
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        *(f"{part}/config.json" for part in (*CLASSES, "text_encoder")),
+    ):
         path = folder / name
         if not path.is_file():
             yield f"{name} is missing"

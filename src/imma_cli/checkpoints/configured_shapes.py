@@ -30,7 +30,9 @@ def configured_shapes(config: Path) -> Mapping[str, Shape]:
             continue
         if keys_of.keys() != expected.keys():
             odd = sorted(keys_of.keys() ^ expected.keys())
-            reasons.append(f"{part}/config.json describes other layers than Stable Diffusion 1.x has: {', '.join(odd[:4])} …")
+            reasons.append(
+                f"{part}/config.json describes other layers than Stable Diffusion 1.x has: {', '.join(odd[:4])} …"
+            )
             continue
         for name, key in keys_of.items():
             found[key] = (*expected[name], *(1,) * (counts[key] - len(expected[name])))

@@ -67,7 +67,11 @@ def find_parts(folder: Path) -> dict[str, PartFiles]:
         except ImmaError as error:
             reasons += error.reasons
             hint = error.hint or hint
-    reasons += [f"{path.relative_to(folder)}/ is a link to a folder" for path in folder.rglob("*") if path.is_symlink() and path.is_dir()]
+    reasons += [
+        f"{path.relative_to(folder)}/ is a link to a folder"
+        for path in folder.rglob("*")
+        if path.is_symlink() and path.is_dir()
+    ]
     if reasons:
         raise ImmaError(f"cannot use {folder} as a diffusers folder", reasons, hint=hint)
     return found
@@ -82,13 +86,15 @@ def match_folder(folder: Path, headers: dict[str, list[Header]]) -> Match:
     reasons: list[str] = []
     shapes: dict[str, dict[str, Shape]] = {}
     for part, files in headers.items():
-        entries = {key: entry for header in files for key, entry in header.entries.items() if not key.endswith(POSITION_IDS)}
+        entries = {
+            key: entry for header in files for key, entry in header.entries.items() if not key.endswith(POSITION_IDS)
+        }
         if sum(len(header.entries) for header in files) > len({key for header in files for key in header.entries}):
             reasons.append(f"{part}: a tensor stands in more than one shard")
         shapes[part] = {key: entry.shape for key, entry in entries.items()}
         expected = state_dict_shapes(part, folder)
         # the map needs rows and may meet keys of any file: give it one row per key
-        keys_of = row_map(part, "folder", {key: (1,) for key in entries}, folder).renames()
+        keys_of = row_map(part, "folder", dict.fromkeys(entries, (1,)), folder).renames()
         wrong = [
             f"{keys_of[name]} is {list(entries[keys_of[name]].shape)} instead of {list(shape)}"
             for name, shape in expected.items()

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from imma_cli.checkpoints.topology import PREFIXES, Shape
 
 CONV_IN = PREFIXES["unet"] + "input_blocks.0.0.weight"
-BY_INPUT_CHANNELS = {9: "an inpainting model", 8: "an image-editing model (InstructPix2Pix)", 5: "a depth-conditioned model"}
+BY_INPUT_CHANNELS = {
+    9: "an inpainting model",
+    8: "an image-editing model (InstructPix2Pix)",
+    5: "a depth-conditioned model",
+}
 LATER = "imma reads Stable Diffusion 1.x so far."
 WHOLE = "Give the whole checkpoint: UNet, VAE and text encoder in one .safetensors file, or a diffusers folder."
 
@@ -28,8 +32,12 @@ def other_model(shapes: Mapping[str, Shape]) -> OtherModel | None:
     def begins(*starts: str) -> bool:
         return any(key.startswith(starts) for key in shapes)
 
-    if holds("lora_up.", "lora_down.", ".lora_A.", ".lora_B.", ".hada_w1", ".lokr_w1", ".oft_") or begins("lora_unet_", "lora_te"):
-        return OtherModel("it is a LoRA file: small additions to a checkpoint, not a checkpoint", "Harden the checkpoint itself.")
+    if holds("lora_up.", "lora_down.", ".lora_A.", ".lora_B.", ".hada_w1", ".lokr_w1", ".oft_") or begins(
+        "lora_unet_", "lora_te"
+    ):
+        return OtherModel(
+            "it is a LoRA file: small additions to a checkpoint, not a checkpoint", "Harden the checkpoint itself."
+        )
     if _is_embedding(shapes):
         return OtherModel("it is a textual-inversion embedding, not a checkpoint", "Harden the checkpoint itself.")
     if holds("joint_blocks."):
@@ -44,7 +52,9 @@ def other_model(shapes: Mapping[str, Shape]) -> OtherModel | None:
         return OtherModel("it is a ControlNet, not a checkpoint", "Harden the checkpoint that it steers.")
     if (channels := shapes.get(CONV_IN, (0, 4))[1:2]) and channels[0] in BY_INPUT_CHANNELS:
         count = channels[0]
-        return OtherModel(f"it is {BY_INPUT_CHANNELS[count]}: its UNet takes {count} input channels instead of 4", LATER)
+        return OtherModel(
+            f"it is {BY_INPUT_CHANNELS[count]}: its UNet takes {count} input channels instead of 4", LATER
+        )
     if begins("cond_stage_model.transformer.embeddings.", "cond_stage_model.transformer.encoder."):
         return OtherModel(
             "its text encoder's keys are in an old form without 'text_model.', which diffusers does not read",

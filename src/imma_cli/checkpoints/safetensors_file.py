@@ -72,7 +72,9 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             first = file.read(512)
             if len(first) < 8:
-                raise ImmaError(refusal, ["the file is empty" if not first else "the file is too short to hold a header"])
+                raise ImmaError(
+                    refusal, ["the file is empty" if not first else "the file is too short to hold a header"]
+                )
             length = int.from_bytes(first[:8], "little")
             if first[8:9] != b"{" and (other := other_format(path, first)):
                 raise ImmaError(refusal, [other.what], hint=other.hint)
@@ -83,7 +85,9 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise ImmaError(refusal, [error.strerror or str(error)]) from error
     if len(raw) < length:
-        raise ImmaError(refusal, [f"the file is truncated: its header is {length:,} bytes long, {len(raw):,} are there"])
+        raise ImmaError(
+            refusal, [f"the file is truncated: its header is {length:,} bytes long, {len(raw):,} are there"]
+        )
 
     reasons: list[str] = []
     if not raw.startswith(b"{"):

@@ -74,8 +74,12 @@ def match_single_file(path: Path, header: Header, config: Path | None) -> Match:
     if (misfit.total or extra) and (other := other_model(found)):
         raise ImmaError(refusal, [other.what], hint=other.hint)
     if config is None and not misfit.missing and not extra and len(misfit.misshapen) > len(expected) // 4:
-        reason = "its keys are those of Stable Diffusion 1.x, but its widths are of no architecture that the package knows"
-        raise ImmaError(refusal, [reason], hint="Pass the folder with the model's configuration and tokenizer: --config DIR")
+        reason = (
+            "its keys are those of Stable Diffusion 1.x, but its widths are of no architecture that the package knows"
+        )
+        raise ImmaError(
+            refusal, [reason], hint="Pass the folder with the model's configuration and tokenizer: --config DIR"
+        )
     reasons = [
         *named("missing", misfit.missing),
         *named("not part of the model", extra),
@@ -83,7 +87,9 @@ def match_single_file(path: Path, header: Header, config: Path | None) -> Match:
         *dtype_faults({key: header.entries[key].dtype for key in found if key in expected}),
     ]
     if reasons:
-        against = f" (compared with {config})" if config else f" (compared with the {closest} architecture, the closest)"
+        against = (
+            f" (compared with {config})" if config else f" (compared with the {closest} architecture, the closest)"
+        )
         raise ImmaError(refusal + against, reasons, hint=CONFIG_HINT if config is None else None)
 
     shapes: dict[str, dict[str, Shape]] = {}

@@ -11,7 +11,11 @@ from imma_cli.families import CONFIGS
 
 Shape = tuple[int, ...]
 
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.transformer."}
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.",
+}
 """Where each part's keys begin in a single file."""
 
 TEXT_LAYER = re.compile(r"(cond_stage_model\.transformer\.text_model\.encoder\.layers\.)(\d+)(\..+)")
@@ -46,7 +50,9 @@ def same_shape(key: str, found: Shape, expected: Shape) -> bool:
     """Whether a tensor of shape *found* may stand where *expected* is the shape."""
     if found == expected:
         return True
-    return bool(EITHER_DIMENSIONS.fullmatch(key)) and found[:2] == expected[:2] and set((*found[2:], *expected[2:])) <= {1}
+    return (
+        bool(EITHER_DIMENSIONS.fullmatch(key)) and found[:2] == expected[:2] and set((*found[2:], *expected[2:])) <= {1}
+    )
 
 
 def part_of(key: str) -> str | None:

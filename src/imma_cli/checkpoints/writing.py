@@ -35,7 +35,9 @@ def write(
     replaced: dict[str, dict[str, Tensor]] = {}
     tensors = parameters = 0
     for part, weights in by_part.items():
-        replaced[part] = _row_map(checkpoint, part).scatter(weights, lambda key, part=part: _original(checkpoint, part, key))
+        replaced[part] = _row_map(checkpoint, part).scatter(
+            weights, lambda key, part=part: _original(checkpoint, part, key)
+        )
         for key, tensor in replaced[part].items():
             differing = int((tensor != _original(checkpoint, part, key)).sum())
             tensors += differing > 0
@@ -43,7 +45,12 @@ def write(
     _require_finite(checkpoint, replaced)
 
     def rewrite_file(file: WeightFile, target: Path) -> None:
-        own = {key: tensor for part in replaced for key, tensor in replaced[part].items() if checkpoint.entries[part][key][0] is file}
+        own = {
+            key: tensor
+            for part in replaced
+            for key, tensor in replaced[part].items()
+            if checkpoint.entries[part][key][0] is file
+        }
         metadata = {**file.header.metadata, PROVENANCE: record}
         rewrite(file.path, file.header, target, own, frozenset(checkpoint.ema_keys), metadata)
 
@@ -72,7 +79,10 @@ def _by_part(checkpoint: Checkpoint, changed: Mapping[str, Tensor]) -> dict[str,
     """*changed* per part, once every name and shape was checked."""
     by_part: dict[str, dict[str, Tensor]] = {}
     unknown, misshapen, broken = [], [], []
-    shapes = {part: state_dict_shapes(part, checkpoint.config) for part in {full.partition(".")[0] for full in changed} & set(PREFIXES)}
+    shapes = {
+        part: state_dict_shapes(part, checkpoint.config)
+        for part in {full.partition(".")[0] for full in changed} & set(PREFIXES)
+    }
     for full, weight in changed.items():
         part, _, name = full.partition(".")
         expected = shapes.get(part, {}).get(name)
@@ -104,7 +114,9 @@ def _require_finite(checkpoint: Checkpoint, replaced: Mapping[str, Mapping[str, 
         if not bool(tensor.isfinite().all())
     ]
     if reasons:
-        raise ImmaError("cannot write the changed weights", reasons[:NAMED], hint="Harden the model's float32 release instead.")
+        raise ImmaError(
+            "cannot write the changed weights", reasons[:NAMED], hint="Harden the model's float32 release instead."
+        )
 
 
 def _row_map(checkpoint: Checkpoint, part: str) -> RowMap:
@@ -124,7 +136,9 @@ def read_tensor(path: Path, header: Header, entry: Entry) -> Tensor:
     return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
 
 
-def _verify(checkpoint: Checkpoint, written: Mapping[WeightFile, Path], by_part: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _verify(
+    checkpoint: Checkpoint, written: Mapping[WeightFile, Path], by_part: Mapping[str, Mapping[str, Tensor]]
+) -> None:
     """Reads the written files as diffusers will: each changed weight must come out as it was given, in the file's dtype.
 
     Raises RuntimeError otherwise: that is a fault of this program, not of its input.
@@ -151,7 +165,12 @@ def _unhardened_files(checkpoint: Checkpoint, by_part: Mapping[str, object]) -> 
     for path in sorted(checkpoint.path.rglob("*")):
         inside = path.relative_to(checkpoint.path)
         whole_model = len(inside.parts) == 1
-        if path.is_file() and path not in used and WEIGHTS.fullmatch(path.name) and (whole_model or inside.parts[0] in by_part):
+        if (
+            path.is_file()
+            and path not in used
+            and WEIGHTS.fullmatch(path.name)
+            and (whole_model or inside.parts[0] in by_part)
+        ):
             yield inside.as_posix()
 
 
@@ -173,7 +192,9 @@ def composed(model: Model, config: Path) -> dict[str, Tensor]:
         keys_of = row_map(part, "single-file", keys, config).renames()
         weights = network.state_dict()
         if weights.keys() != keys_of.keys():
-            raise ValueError(f"the {part} is not that of Stable Diffusion 1.x: {sorted(weights.keys() ^ keys_of.keys())[:4]} …")
+            raise ValueError(
+                f"the {part} is not that of Stable Diffusion 1.x: {sorted(weights.keys() ^ keys_of.keys())[:4]} …"
+            )
         for name, key in keys_of.items():
             weight = weights[name]
             found[key] = weight.reshape(*weight.shape, *(1,) * (counts[key] - weight.ndim))

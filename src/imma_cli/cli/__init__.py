@@ -1,0 +1,72 @@
+"""The command line. Every command is one file; this one puts them together and catches imma's error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from imma_cli import __version__
+from imma_cli.cli import attacks, demo, harden, inspect, verify
+from imma_cli.cli.console import err, show_error
+from imma_cli.errors import ImmaError
+
+app = typer.Typer(
+    name="imma",
+    help="Harden the weights of text-to-image models against malicious fine-tuning, and show how far that holds.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo.demo)
+app.command()(harden.harden)
+app.command()(verify.verify)
+app.command()(attacks.attacks)
+app.command()(inspect.inspect)
+
+
+class Interrupted(BaseException):
+    """Ctrl-C. Not KeyboardInterrupt, which typer would turn into an abort of its own."""
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"imma {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not disturb the cleaning up
+    raise Interrupted
+
+
+def main() -> None:
+    """The entry point ``imma``."""
+    # torch's waiting threads spin and starve whoever else needs the processor
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # xformers warns at import where there is no GPU it was built for; what that means is said by --attention
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        app()
+    except ImmaError as error:
+        show_error(error)
+        sys.exit(2)
+    except Interrupted:
+        err.print("Interrupted. Nothing was written; the input and earlier outputs are as they were.")
+        sys.exit(130)

@@ -22,7 +22,9 @@ def read_concept(name: str, folder: Path) -> Concept:
         ImmaError: there is no such folder, it holds no pictures, pictures cannot be read, or captions name missing ones.
     """
     if not folder.is_dir():
-        raise ImmaError(f"{folder} is not a folder of pictures.", hint="--images takes a folder, one for each --concept.")
+        raise ImmaError(
+            f"{folder} is not a folder of pictures.", hint="--images takes a folder, one for each --concept."
+        )
     reasons: list[str] = []
     captions = _captions(folder, reasons)
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
@@ -76,7 +78,11 @@ def _captions(folder: Path, reasons: list[str]) -> dict[str, str] | None:
         return None
     captions: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not isinstance(row.get("text"), str):
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("file_name"), str)
+            or not isinstance(row.get("text"), str)
+        ):
             reasons.append(f"{path.name}: entry {number} has no file_name or no text")
         elif row["file_name"] in captions:
             reasons.append(f"{path.name}: {row['file_name']} is named twice")

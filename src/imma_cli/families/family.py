@@ -56,6 +56,12 @@ class Family(ABC):
 
     @abstractmethod
     def draw(
-        self, model: Model, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = 25, guidance_scale: float = 5.0
+        self,
+        model: Model,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int = 25,
+        guidance_scale: float = 5.0,
     ) -> list[Image]:
         """One picture per prompt, each from its own seed, so that a picture does not depend on its batch."""

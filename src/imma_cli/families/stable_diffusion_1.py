@@ -69,7 +69,13 @@ class StableDiffusion1(Family):
 
     @torch.no_grad()
     def draw(
-        self, model: Model, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = 25, guidance_scale: float = 5.0
+        self,
+        model: Model,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int = 25,
+        guidance_scale: float = 5.0,
     ) -> list[Image]:
         from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -95,4 +101,3 @@ class StableDiffusion1(Family):
             generator=generators,
         ).images
         return cast("list[Image]", images)
-

@@ -1,0 +1,64 @@
+"""``imma inspect``: what a checkpoint is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from imma_cli.cli.console import out, print_json
+
+
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file or a diffusers folder.")],
+    config: Annotated[
+        Path | None, typer.Option(help="Configuration folder in diffusers' layout, for widths that imma does not know.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Show a checkpoint's family, parts, size, what hardening may change, and where it comes from."""
+    from imma_cli.checkpoints import open_checkpoint
+
+    found = open_checkpoint(checkpoint, config)
+    attention = [name for name in found.shapes["unet"] if _is_attention(name)]
+    report = {
+        "path": str(found.path),
+        "layout": found.layout,
+        "family": found.family.name,
+        "architecture": found.architecture,
+        "bytes": found.size,
+        "sha256": found.sha256,
+        "parts": {n: {"parameters": p.parameters, "dtype": p.dtype} for n, p in found.parts.items()},
+        "changeable_attention_tensors": len(attention),
+        "notices": list(found.notices),
+        "metadata": {k: v for k, v in found.metadata.items() if k != "imma"},
+        "provenance": found.provenance,
+    }
+    if json:
+        print_json(report)
+        return
+    table = Table(title=f"{found.path}", show_header=False, title_justify="left")
+    table.add_row("family", f"{found.family.title} ({found.architecture})")
+    table.add_row("layout", found.layout)
+    table.add_row("size", f"{found.size / 1e6:,.1f} MB")
+    table.add_row("sha256", found.sha256)
+    for name, part in found.parts.items():
+        table.add_row(name, f"{part.parameters / 1e6:,.2f} M parameters, {part.dtype}")
+    table.add_row("may be changed", f"{len(attention)} attention projections of the UNet (--protect attention)")
+    for notice in found.notices:
+        table.add_row("notice", notice)
+    made = found.provenance
+    if made is None:
+        table.add_row("provenance", "not made by imma")
+    else:
+        attacks = ", ".join(a["name"] for a in made.get("attacks", []))
+        concepts = ", ".join(c["name"] for c in made.get("concepts", []))
+        table.add_row("provenance", f"imma {made.get('version')}: hardened for {concepts} against {attacks}")
+        table.add_row("", f"from sha256 {made.get('input_sha256')}, seed {made.get('settings', {}).get('seed')}")
+    out.print(table)
+
+
+def _is_attention(name: str) -> bool:
+    return any(f".{p}." in name for p in ("to_q", "to_k", "to_v", "to_out.0"))

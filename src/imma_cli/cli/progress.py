@@ -1,0 +1,78 @@
+"""Progress bars on a terminal, silence elsewhere and under --json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from imma_cli.cli.console import err
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: list[float], width: int = 40) -> str:
+    """*values* as a line of blocks, each the mean of a stretch of the course."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    stretches = [values[i * len(values) // width : (i + 1) * len(values) // width] for i in range(width)]
+    means = [sum(s) / len(s) for s in stretches]
+    low, high = min(means), max(means)
+    return "".join(BLOCKS[round((m - low) / (high - low or 1) * (len(BLOCKS) - 1))] for m in means)
+
+
+class Course:
+    """A bar, and below it one line for each curve that is followed."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=err,
+        )
+        self.task = self.bar.add_task(title, total=total)
+        self.curves: dict[str, list[float]] = {}
+
+    def advance(self, done: int, **values: float | None) -> None:
+        """*done* steps are done; each of *values* continues its curve."""
+        self.bar.update(self.task, completed=done)
+        for name, value in values.items():
+            if value is not None:
+                self.curves.setdefault(name.replace("_", " "), []).append(value)
+
+    def __rich__(self) -> Group:
+        lines = []
+        for name, values in self.curves.items():
+            recent = values[-20:]
+            lines.append(Text(f"  {name:<14} {sparkline(values)}  {sum(recent) / len(recent):.4f}"))
+        return Group(self.bar, *lines)
+
+
+@contextmanager
+def course(title: str, total: int, *, quiet: bool) -> Iterator[Callable[..., None]]:
+    """Gives a function to report progress with; shows nothing where *quiet* or where nobody watches."""
+    if quiet or not err.is_terminal:
+        yield lambda done, **values: None
+        return
+    shown = Course(title, total)
+    with Live(shown, console=err, refresh_per_second=8):
+        yield shown.advance
+
+
+@contextmanager
+def waiting(title: str, *, quiet: bool) -> Iterator[None]:
+    """A spinner for what cannot be counted."""
+    if quiet or not err.is_terminal:
+        yield
+        return
+    with err.status(title):
+        yield
