@@ -35,7 +35,7 @@ from PIL import Image
 from sheets import contact_sheet
 from torch import Tensor
 
-from imma_cli.checkpoints import load_checkpoint
+from imma_cli.checkpoints import open_checkpoint
 from imma_cli.families.model import Model
 from imma_cli.verification.effnet import content_features, cosine, style_features
 
@@ -275,7 +275,7 @@ def main() -> None:
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
     real = Real.load(args.work)
-    model = load_checkpoint(args.model).model
+    model = open_checkpoint(args.model).load()
     if args.sweep:
         (args.results / "guidance.json").write_text(json.dumps(sweep(model, real, args), indent=2) + "\n")
         return

@@ -91,7 +91,7 @@ def verify(
             with course(f"Drawing {concept} to {role}", draw, quiet=json) as advance:
                 drawn[role] = draw_concept(
                     models["original"], concept, role=role, seed=0, count=draw, on_picture=advance
-                )  # type: ignore[arg-type]
+                )
         pictures, judged = drawn["attack"], drawn["judge"]
     assert pictures is not None
     if judged is None:
@@ -119,7 +119,7 @@ def verify(
                             seed=seed,
                             runtime=runtime,
                             batch_size=batch_size,
-                            on_step=lambda step, loss, done=done, which=which: advance(done + step, **{which: loss}),  # type: ignore[misc]
+                            on_step=lambda step, loss, done=done, which=which: advance(done + step, **{which: loss}),
                         )
                     )
                     done += budget

@@ -54,7 +54,7 @@ def pixels(images: Sequence[Image.Image], size: int) -> Tensor:
 def encode(model: Model, images: Sequence[Image.Image], batch: int = 8) -> Latents:
     """The latents of *images* at the model's resolution."""
     everything = pixels(images, model.family.resolution(model))
-    coded = [model.family.encode_images(model, part.to(model.device)) for part in everything.split(batch)]
+    coded = [model.family.encode_images(model, part.to(model.device)) for part in torch.split(everything, batch)]
     return Latents(torch.cat([mean for mean, _ in coded]), torch.cat([std for _, std in coded]))
 
 

@@ -36,7 +36,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return next(self.networks["unet"].parameters()).device
 
     def to(self, device: torch.device | str) -> Model:
         for network in self.networks.values():

@@ -37,7 +37,8 @@ class StableDiffusion1(Family):
         ).freeze()
 
     def resolution(self, model: Model) -> int:
-        return int(model.unet.config.sample_size) * 2 ** (len(model.vae.config.block_out_channels) - 1)
+        levels = len(model.vae.config.block_out_channels)
+        return int(model.unet.config.sample_size) << (levels - 1)
 
     def encode_images(self, model: Model, pixels: Tensor) -> tuple[Tensor, Tensor]:
         posterior = model.vae.encode(pixels.to(model.vae.dtype)).latent_dist

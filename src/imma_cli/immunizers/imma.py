@@ -132,7 +132,7 @@ def _attach_all(
     protected: dict[str, nn.Parameter],
 ) -> list[Turn]:
     kept = {id(weight) for weight in protected.values()}
-    turns = []
+    turns: list[Turn] = []
     for concept in concepts:
         latents: Latents = encode(model, concept.images)
         for prototype in attacks:

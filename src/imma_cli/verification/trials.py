@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -129,7 +130,7 @@ def _judge(attack: Attack, model: Model, probes: Sequence[Batch], runtime: Runti
 
 def steps_to_reach(points: Sequence[Point], loss: float) -> float | None:
     """The steps an attack needed to come down to *loss*, interpolated between the points; None if it never did."""
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in itertools.pairwise(points):
         if before.loss <= loss:
             return float(before.step)
         if after.loss <= loss:

@@ -1,0 +1,154 @@
+"""Attacks, their settings, and how plugins are found."""
+
+from __future__ import annotations
+
+import copy
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from imma_cli.attacks.manager import discover
+from imma_cli.attacks.settings import describe, parse_attacks, record
+from imma_cli.attacks.training import Attacker
+from imma_cli.concepts.batches import TrainingSet, encode
+from imma_cli.concepts.concept import Concept
+from imma_cli.errors import ImmaError
+from imma_cli.families.model import Model
+
+REGISTRY = discover()
+CONCEPT = Concept(
+    "blue style",
+    tuple(Image.new("RGB", (64, 64), (20 * i, 40, 200)) for i in range(3)),
+    ("a cat in blue style", "a dog in Blue Style", "blue style"),
+    "test",
+)
+SPECS = [
+    "lora",
+    "lora:rank=2",
+    "dreambooth",
+    "dreambooth:prior_weight=1,prior_images=2",
+    "dreambooth-lora:token=zwx,class_noun=cat",
+    "textual-inversion",
+    "textual-inversion:tokens=3,initializer=cat",
+]
+
+
+def test_the_shipped_attacks_are_found_through_entry_points() -> None:
+    assert REGISTRY.broken == ()
+    assert {"lora", "dreambooth", "dreambooth-lora", "textual-inversion"} <= set(REGISTRY.found)
+    assert all(found.distribution == "imma-cli" for found in REGISTRY.found.values())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_an_attack_learns_and_leaves_no_trace(tiny_model: Model, spec: str) -> None:
+    (attack,) = parse_attacks([spec], REGISTRY)
+    model = tiny_model
+    before = {part: copy.deepcopy(net.state_dict()) for part, net in model.networks.items()}
+    objects = {id(p) for net in model.networks.values() for p in net.parameters()}
+    tokens = len(model.tokenizer)
+    with pytest.raises(RuntimeError, match="in the middle"), attack.attach(model, CONCEPT, 0) as parameters:
+        stream = iter(TrainingSet(model, attack, CONCEPT, encode(model, CONCEPT.images), seed=0))
+        batch = next(stream)
+        attacker = Attacker(parameters, attack.rates(model))
+        losses = [attacker.step(lambda: attack.loss(model, batch)) for _ in range(12)]
+        assert losses[-1] < losses[0]
+        raise RuntimeError("in the middle")
+    assert {id(p) for net in model.networks.values() for p in net.parameters()} == objects
+    assert len(model.tokenizer) == tokens
+    for part, network in model.networks.items():
+        after = network.state_dict()
+        assert list(after) == list(before[part])
+        assert all(torch.equal(after[k], v) for k, v in before[part].items())
+        assert not any(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_same_seed_attaches_the_same_parameters(tiny_model: Model, spec: str) -> None:
+    (attack,) = parse_attacks([spec], REGISTRY)
+    values = []
+    for seed in (5, 5):
+        with attack.attach(tiny_model, CONCEPT, seed) as parameters:
+            values.append({n: p.detach().clone() for n, p in parameters.items()})
+    assert all(torch.equal(values[0][n], values[1][n]) for n in values[0])
+
+
+def test_what_attackers_write_below_the_pictures() -> None:
+    lora, dreambooth, inversion = parse_attacks(["lora", "dreambooth:token=zwx", "textual-inversion:tokens=2"], REGISTRY)
+    assert [lora.caption(CONCEPT, c) for c in CONCEPT.captions] == list(CONCEPT.captions)
+    assert {dreambooth.caption(CONCEPT, c) for c in CONCEPT.captions} == {"a zwx blue style"}
+    assert [inversion.caption(CONCEPT, c) for c in CONCEPT.captions] == [
+        "a cat in <imma-0> <imma-1>",
+        "a dog in <imma-0> <imma-1>",
+        "an image of <imma-0> <imma-1>",
+    ]
+
+
+def test_new_tokens_are_one_token_each(tiny_model: Model) -> None:
+    (attack,) = parse_attacks(["textual-inversion:tokens=2"], REGISTRY)
+    with attack.attach(tiny_model, CONCEPT, 0):
+        ids = tiny_model.tokenizer("a cat in <imma-0> <imma-1>").input_ids
+        size = tiny_model.text_encoder.get_input_embeddings().known.num_embeddings
+        assert ids[-3:-1] == [size, size + 1]
+
+
+def test_presets_follow_the_size_of_the_model_and_the_user(tiny_model: Model) -> None:
+    auto, paper, own = parse_attacks(["lora", "lora:preset=paper", "lora:preset=paper,learning_rate=0.5"], REGISTRY)
+    assert auto.rates(tiny_model) == type(auto).presets["small"]
+    assert (paper.rates(tiny_model).learning_rate, paper.rates(tiny_model).outer_learning_rate) == (1e-4, 1e-5)
+    assert (own.rates(tiny_model).learning_rate, own.rates(tiny_model).outer_learning_rate) == (0.5, 1e-5)
+
+
+def test_everything_wrong_with_attacks_is_said_at_once() -> None:
+    with pytest.raises(ImmaError) as caught:
+        parse_attacks(["lorra", "lora:rnk=3", "lora:rank=many", "lora:rank=0", "lora:rank", "dreambooth:prior_weight=-1"], REGISTRY)
+    said = str(caught.value)
+    for part in ("Did you mean lora", "no setting 'rnk'; did you mean rank", "rank='many' is no int", "at least 1", "key=value", "negative"):
+        assert part in said
+
+
+def test_an_unknown_preset_is_refused(tiny_model: Model) -> None:
+    with pytest.raises(ImmaError, match="no preset"):
+        parse_attacks(["lora:preset=nope"], REGISTRY)[0].rates(tiny_model)
+
+
+def test_settings_are_described_and_recorded() -> None:
+    for found in REGISTRY.found.values():
+        assert all(s.meaning for s in describe(found.attack.Settings)), found.attack.name
+    assert record(parse_attacks(["lora:rank=8"], REGISTRY)[0])["settings"]["rank"] == 8
+
+
+PLUGINS = {
+    "raises": "raise OSError('no library')",
+    "misspelt": "from imma_cli.attacks import hookimpl\n@hookimpl\ndef imma_atacks():\n    return []",
+    "no_settings": (
+        "from imma_cli.attacks import Attack, hookimpl\n"
+        "class A(Attack):\n    name = 'a'; summary = 's'; paper = 'p'; presets = {}\n    Settings = dict\n"
+        "    def attach(self, model, concept, seed): ...\n"
+        "@hookimpl\ndef imma_attacks():\n    return [A]"
+    ),
+    "nameless": (
+        "from imma_cli.attacks import Attack, hookimpl\nclass A(Attack):\n    def attach(self, model, concept, seed): ...\n"
+        "@hookimpl\ndef imma_attacks():\n    return [A]"
+    ),
+    "twin": (
+        "from imma_attacks.lora import Lora\nfrom imma_cli.attacks import hookimpl\n@hookimpl\ndef imma_attacks():\n    return [Lora]"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_a_broken_plugin_is_reported_and_the_rest_works(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"plugin_{name}.py").write_text(PLUGINS[name])
+    monkeypatch.syspath_prepend(tmp_path)
+    good = EntryPoint("lora", "imma_attacks.lora", "imma")
+    registry = discover([good, EntryPoint(f"z-{name}", f"plugin_{name}", "imma")])
+    assert set(registry.found) == {"lora"}
+    (broken,) = registry.broken
+    assert broken.plugin == f"z-{name}"
+    assert broken.reason
+    with pytest.raises(ImmaError) as caught:
+        registry.get("a")
+    assert f"z-{name}" in str(caught.value)
