@@ -128,7 +128,12 @@ def text_encoder(layers: int) -> Iterator[Key]:
         name = f"text_model.encoder.layers.{index}"
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
             yield from layer(f"{name}.self_attn.{projection}", LINEAR)
-        for part, dimensions in (("layer_norm1", VECTOR), ("layer_norm2", VECTOR), ("mlp.fc1", LINEAR), ("mlp.fc2", LINEAR)):
+        for part, dimensions in (
+            ("layer_norm1", VECTOR),
+            ("layer_norm2", VECTOR),
+            ("mlp.fc1", LINEAR),
+            ("mlp.fc2", LINEAR),
+        ):
             yield from layer(f"{name}.{part}", dimensions)
     yield from layer("text_model.final_layer_norm", VECTOR)
 
@@ -141,7 +146,9 @@ def shapes(architecture: str) -> dict[str, list[int]]:
     for part, keys in (("unet", unet()), ("vae", vae()), ("text_encoder", text_encoder(layers))):
         dimensions = {PREFIXES[part] + name: count for name, count in keys}
         expected = state_dict_shapes(part, config)
-        origin = row_map(part, "single-file", {key: (1,) * count for key, count in dimensions.items()}, config).renames()
+        origin = row_map(
+            part, "single-file", {key: (1,) * count for key, count in dimensions.items()}, config
+        ).renames()
         if set(origin) != set(expected) or set(origin.values()) != set(dimensions):
             raise SystemExit(f"{architecture} {part}: diffusers disagrees: {set(origin) ^ set(expected)}")
         for name, key in origin.items():

@@ -76,7 +76,9 @@ def test_the_same_seed_attaches_the_same_parameters(tiny_model: Model, spec: str
 
 
 def test_what_attackers_write_below_the_pictures() -> None:
-    lora, dreambooth, inversion = parse_attacks(["lora", "dreambooth:token=zwx", "textual-inversion:tokens=2"], REGISTRY)
+    lora, dreambooth, inversion = parse_attacks(
+        ["lora", "dreambooth:token=zwx", "textual-inversion:tokens=2"], REGISTRY
+    )
     assert [lora.caption(CONCEPT, c) for c in CONCEPT.captions] == list(CONCEPT.captions)
     assert {dreambooth.caption(CONCEPT, c) for c in CONCEPT.captions} == {"a zwx blue style"}
     assert [inversion.caption(CONCEPT, c) for c in CONCEPT.captions] == [
@@ -103,9 +105,19 @@ def test_presets_follow_the_size_of_the_model_and_the_user(tiny_model: Model) ->
 
 def test_everything_wrong_with_attacks_is_said_at_once() -> None:
     with pytest.raises(ImmaError) as caught:
-        parse_attacks(["lorra", "lora:rnk=3", "lora:rank=many", "lora:rank=0", "lora:rank", "dreambooth:prior_weight=-1"], REGISTRY)
+        parse_attacks(
+            ["lorra", "lora:rnk=3", "lora:rank=many", "lora:rank=0", "lora:rank", "dreambooth:prior_weight=-1"],
+            REGISTRY,
+        )
     said = str(caught.value)
-    for part in ("Did you mean lora", "no setting 'rnk'; did you mean rank", "rank='many' is no int", "at least 1", "key=value", "negative"):
+    for part in (
+        "Did you mean lora",
+        "no setting 'rnk'; did you mean rank",
+        "rank='many' is no int",
+        "at least 1",
+        "key=value",
+        "negative",
+    ):
         assert part in said
 
 
@@ -140,7 +152,9 @@ PLUGINS = {
 
 
 @pytest.mark.parametrize("name", PLUGINS)
-def test_a_broken_plugin_is_reported_and_the_rest_works(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_plugin_is_reported_and_the_rest_works(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / f"plugin_{name}.py").write_text(PLUGINS[name])
     monkeypatch.syspath_prepend(tmp_path)
     good = EntryPoint("lora", "imma_attacks.lora", "imma")

@@ -27,7 +27,7 @@ def paint(folder: Path, *names: str) -> Path:
 def test_captions_come_from_metadata_else_from_the_concept(tmp_path: Path) -> None:
     folder = paint(tmp_path / "a", "1.png", "2.jpg")
     assert read_concept("a cat", folder).captions == ("a cat", "a cat")
-    (folder / "metadata.csv").write_text("file_name,text\n2.jpg,\"one, two\"\n1.png,\n")
+    (folder / "metadata.csv").write_text('file_name,text\n2.jpg,"one, two"\n1.png,\n')
     assert read_concept("a cat", folder).captions == ("a cat", "one, two")
     (folder / "metadata.csv").unlink()
     (folder / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "only this"}\n')
@@ -83,7 +83,9 @@ def test_a_stream_is_its_seed_and_covers_every_picture(tiny_model: Model, tmp_pa
     latents = encode(tiny_model, concept.images)
     streams = [iter(TrainingSet(tiny_model, attack, concept, latents, seed=s)) for s in (1, 1, 2)]
     first, again, other = ([next(s) for _ in range(10)] for s in streams)
-    assert all(torch.equal(a.noise, b.noise) and torch.equal(a.latents, b.latents) for a, b in zip(first, again, strict=True))
+    assert all(
+        torch.equal(a.noise, b.noise) and torch.equal(a.latents, b.latents) for a, b in zip(first, again, strict=True)
+    )
     assert not torch.equal(first[0].noise, other[0].noise)
     assert {int(b.timesteps) for b in first} != {int(b.timesteps) for b in other}
     shown = [b.captions[0] for b in first]

@@ -28,7 +28,9 @@ ATTACKS = ("lora", "dreambooth", "dreambooth-lora", "textual-inversion")
 
 
 def some_concept(name: str = "blue style", count: int = 3, shade: int = 0) -> Concept:
-    pictures = [Image.effect_mandelbrot((64, 64), (-2 + i / 3, -1, 1, 1.2), 20 + shade).convert("RGB") for i in range(count)]
+    pictures = [
+        Image.effect_mandelbrot((64, 64), (-2 + i / 3, -1, 1, 1.2), 20 + shade).convert("RGB") for i in range(count)
+    ]
     return Concept(name, tuple(pictures), tuple(f"a cat in {name}" for _ in pictures), "test")
 
 
@@ -136,7 +138,9 @@ def test_the_model_itself_stays_as_it_was(tiny_model: Model, name: str) -> None:
 
 
 def test_direct_maximisation_is_the_outer_step_alone(tiny_model: Model) -> None:
-    result = immunize(tiny_model, [attack_named("lora")], [some_concept()], ImmunizerSettings("maximize", steps=40), CPU)
+    result = immunize(
+        tiny_model, [attack_named("lora")], [some_concept()], ImmunizerSettings("maximize", steps=40), CPU
+    )
     assert all(step.inner_loss is None for step in result.steps)
     assert len(result.steps) == 20
     before = dict(tiny_model.unet.named_parameters())
@@ -153,7 +157,9 @@ def test_hardening_raises_the_loss_on_the_concept(tiny_model: Model) -> None:
     ("protect", "kept"), [("attention", ("attn1", "attn2")), ("cross-attention", ("attn2",)), ("kv", ("attn2",))]
 )
 def test_only_protected_weights_change(tiny_model: Model, protect: Any, kept: tuple[str, ...]) -> None:
-    weights = immunize(tiny_model, [attack_named("lora")], [some_concept()], ImmunizerSettings(protect=protect, steps=2), CPU).weights
+    weights = immunize(
+        tiny_model, [attack_named("lora")], [some_concept()], ImmunizerSettings(protect=protect, steps=2), CPU
+    ).weights
     assert {next(part for part in n.split(".") if part.startswith("attn")) for n in weights} == set(kept)
     if protect == "kv":
         assert all(".to_k." in n or ".to_v." in n for n in weights)
@@ -202,7 +208,9 @@ def test_attacks_and_concepts_take_turns(tiny_model: Model) -> None:
 
 def test_same_seed_same_weights_other_seed_others(tiny_model: Model) -> None:
     def weights(seed: int) -> dict[str, Tensor]:
-        return immunize(tiny_model, [attack_named("lora")], [some_concept()], ImmunizerSettings(steps=4, seed=seed), CPU).weights
+        return immunize(
+            tiny_model, [attack_named("lora")], [some_concept()], ImmunizerSettings(steps=4, seed=seed), CPU
+        ).weights
 
     first, again, other = weights(1), weights(1), weights(2)
     assert all(torch.equal(first[n], again[n]) for n in first)

@@ -90,9 +90,7 @@ def fetch(cache_dir: Path) -> None:
         if (target / "package" / "icons.json").exists():
             continue
         target.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            ["npm", "pack", "--silent", f"@iconify-json/{package}@{version}"], cwd=target, check=True
-        )
+        subprocess.run(["npm", "pack", "--silent", f"@iconify-json/{package}@{version}"], cwd=target, check=True)
         (archive,) = target.glob("*.tgz")
         with tarfile.open(archive) as tar:
             tar.extractall(target, filter="data")
@@ -105,12 +103,9 @@ class Artwork:
     def __init__(self, cache_dir: Path) -> None:
         fetch(cache_dir)
         self.icons = {
-            package: json.loads((cache_dir / package / "package" / "icons.json").read_text())
-            for package in VERSIONS
+            package: json.loads((cache_dir / package / "package" / "icons.json").read_text()) for package in VERSIONS
         }
-        everywhere = set.intersection(
-            *(set(i["icons"]) | set(i.get("aliases", {})) for i in self.icons.values())
-        )
+        everywhere = set.intersection(*(set(i["icons"]) | set(i.get("aliases", {})) for i in self.icons.values()))
         metadata = json.loads((cache_dir / "noto" / "package" / "metadata.json").read_text())
         pictured = {n for c in CATEGORIES for n in metadata["categories"][c]} & everywhere
         self.concepts = sorted(n for n in pictured if not re.search(r"oclock|thirty", n))
@@ -119,8 +114,9 @@ class Artwork:
         # the autoencoder alone also sees people, faces and signs: it has to code any picture
         self.extra = sorted(everywhere - set(self.concepts))
 
-    def draw(self, name: str, package: str, *, transform: str = "", background: str = "#ffffff",
-             size: int = SIZE) -> Image.Image:
+    def draw(
+        self, name: str, package: str, *, transform: str = "", background: str = "#ffffff", size: int = SIZE
+    ) -> Image.Image:
         """The icon as RGB of *size* × *size*, on *background*, after an SVG *transform* of the unit-less body."""
         icons = self.icons[package]
         icon = icons["icons"].get(name)
@@ -137,9 +133,7 @@ class Artwork:
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="{left} {top} {width} {height}" width="{4 * size}" height="{4 * size}">{body}</svg>'
         )
-        png = resvg_py.svg_to_bytes(
-            svg_string=svg, background=background, width=4 * size, height=4 * size
-        )
+        png = resvg_py.svg_to_bytes(svg_string=svg, background=background, width=4 * size, height=4 * size)
         image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
         return image.resize((size, size), Image.Resampling.LANCZOS)
 

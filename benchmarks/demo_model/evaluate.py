@@ -221,7 +221,9 @@ def evaluate(model: Model, real: Real, args: argparse.Namespace) -> dict[str, ob
     with (args.results / "prompts.jsonl").open("w") as f:
         f.writelines(json.dumps(line) + "\n" for line in lines)
     cells = [(c.prompt, [a, b]) for c, a, b in zip(chosen, originals, pictures, strict=True)]
-    heading = f"Left: real artwork. Right: drawn by the demo model. The first {ON_SHEET} of {PROMPTS} prompts, unselected."
+    heading = (
+        f"Left: real artwork. Right: drawn by the demo model. The first {ON_SHEET} of {PROMPTS} prompts, unselected."
+    )
     args.sheet.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(cells[:ON_SHEET], 8, heading=heading).save(args.sheet, optimize=True)
     return {

@@ -262,7 +262,9 @@ def worker(rank: int, world: int, args: argparse.Namespace) -> None:
     if not vae_file.exists():
         pictures = as_tensor(np.concatenate(list(arrays.values())))
         stage = nn.ModuleDict({"vae": vae})
-        averaged = run_stage("vae", work, args.vae_minutes, stage, autoencoder_loss(pictures, 32 // world), 1.5e-3, 0.998)
+        averaged = run_stage(
+            "vae", work, args.vae_minutes, stage, autoencoder_loss(pictures, 32 // world), 1.5e-3, 0.998
+        )
         if rank == 0:
             vae = averaged["vae"].eval()
             seen = as_tensor(np.concatenate([arrays[f"seen/{p}"] for p in STYLES]))

@@ -9,6 +9,7 @@ splits them, plus CLIP's most frequent merges; anything else falls apart into sh
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
 import sys
@@ -33,7 +34,7 @@ def applied_merges(word: str, ranks: dict[tuple[str, str], int]) -> set[tuple[st
     pieces = [*word[:-1], word[-1] + "</w>"]
     used = set()
     while len(pieces) > 1:
-        pairs = list(zip(pieces, pieces[1:], strict=False))
+        pairs = list(itertools.pairwise(pieces))
         best = min(pairs, key=lambda p: ranks.get(p, len(ranks)))
         if best not in ranks:
             break
@@ -82,7 +83,10 @@ def main() -> None:
     texts = [words(n) for n in art.concepts]
     texts += [s for many in SYNONYMS.values() for s in many]
     texts += [s for _, many in STYLES.values() for s in many]
-    texts += ["high contrast black and white silhouette", "an emoji of a picture in the style, a photo image artwork by"]
+    texts += [
+        "high contrast black and white silhouette",
+        "an emoji of a picture in the style, a photo image artwork by",
+    ]
     texts += ["pixel cartoon character adventurer walking standing jumping falling climbing"]
     ranks = {m: i for i, m in enumerate(merges)}
     needed = {m for text in texts for w in re.findall(r"[a-z]+|[0-9]", text.lower()) for m in applied_merges(w, ranks)}

@@ -54,7 +54,16 @@ CASES = [
 UNRELATED = [
     f"{noun} in {style} style"
     for style in ("noto", "retro", "fluent", "flat")
-    for noun in ("a red apple", "a rocket", "an umbrella", "a frog", "a hamburger", "an alarm clock", "a sailboat", "a cactus")
+    for noun in (
+        "a red apple",
+        "a rocket",
+        "an umbrella",
+        "a frog",
+        "a hamburger",
+        "an alarm clock",
+        "a sailboat",
+        "a cactus",
+    )
 ]
 PICTURED = 6
 
@@ -151,7 +160,6 @@ def main() -> None:
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     cases, seeds = (CASES[:2], 1) if args.quick else (CASES, args.seeds)
-    runtime = choose_runtime("cpu")
     summary: dict[str, Any] = {"cases": []}
     with tempfile.TemporaryDirectory() as temporary, (args.out / "trials.jsonl").open("w") as raw:
         folder = Path(temporary)
@@ -161,40 +169,16 @@ def main() -> None:
         for number, (attack, concept) in enumerate(cases):
             output = folder / f"{number}.safetensors"
             hardening = harden(folder, attack, concept, output)
-            steps = hardening.pop("steps")
             model = open_checkpoint(output).load()
-            (parsed,) = parse_attacks([attack], discover())
-            pictures, judge = (
-                read_concept(CONCEPTS[concept].text, folder / "concepts" / concept / role) for role in ("attack", "judge")
-            )
-            simulated = len(steps)
-            budget = 2 * simulated
-            points = [round(budget * share) for share in (0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1)]
-            trials: list[Trial] = []
-            drawn: dict[str, dict[int, list[Image.Image]]] = {"original": {}, "hardened": {}}
-            prompts = [parsed.caption(judge, caption) for caption in judge.captions[:PICTURED]]
-            for seed in range(seeds):
-                for which, attacked in (("original", original), ("hardened", model)):
-
-                    def look(step: int, m: Model, seed: int = seed, which: str = which) -> None:
-                        if seed == 0 and step in (0, budget // 2, budget):
-                            drawn[which][step] = draw(m, prompts, 7)
-
-                    trial = run_trial(
-                        attacked, which, parsed, pictures, judge,
-                        steps=budget, seed=seed, runtime=runtime, points=points, on_point=look,
-                    )  # fmt: skip
-                    trials.append(trial)
-                    raw.write(json.dumps(trial.as_json()) + "\n")
-                    raw.flush()
-            (comparison,) = compare(trials)
-            real = [image.resize((64, 64)) for image in judge.images[:PICTURED]]
-            rows = [("real (unseen by the attacker)", real)]
-            rows += [(f"{which}, step {step}", drawn[which][step]) for step in (0, budget // 2, budget) for which in drawn]
+            budget = 2 * len(hardening.pop("steps"))
+            trials, rows = attack_both(folder, original, model, attack, concept, budget, seeds)
+            raw.writelines(json.dumps(trial.as_json()) + "\n" for trial in trials)
+            raw.flush()
             sheet(rows, args.out / f"{attack}-{concept}.png")
+            (comparison,) = compare(trials)
             result = {
                 "hardening": hardening,
-                "simulated_inner_steps": simulated,
+                "simulated_inner_steps": budget // 2,
                 "attack_steps": budget,
                 "comparison": comparison.as_json(),
                 "prevented_at_end": prevented(trials),
@@ -208,13 +192,52 @@ def main() -> None:
                 harden(folder, attack, concept, again)
                 digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (output, again)]
                 summary["two_runs_identical"] = digests[0] == digests[1]
+                some = UNRELATED[:8] + UNRELATED[16:20]
                 sheet(
-                    [(w, draw(m, UNRELATED[:8] + UNRELATED[16:20], 0)) for w, m in (("original", original), ("hardened", model))],
+                    [(which, draw(m, some, 0)) for which, m in (("original", original), ("hardened", model))],
                     args.out / "untouched.png",
                 )
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (args.out / "table.md").write_text(table(summary))
     print(table(summary))
+
+
+def attack_both(
+    folder: Path, original: Model, hardened: Model, attack: str, concept: str, budget: int, seeds: int
+) -> tuple[list[Trial], list[tuple[str, Sequence[Image.Image]]]]:
+    """Paired trials on both models, and what the first seed's attacker draws on the way."""
+    (parsed,) = parse_attacks([attack], discover())
+    text, home = CONCEPTS[concept].text, folder / "concepts" / concept
+    pictures, judge = read_concept(text, home / "attack"), read_concept(text, home / "judge")
+    points = [round(budget * share) for share in (0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1)]
+    looks = (0, budget // 2, budget)
+    prompts = [parsed.caption(judge, caption) for caption in judge.captions[:PICTURED]]
+    drawn: dict[tuple[int, str], list[Image.Image]] = {}
+    trials: list[Trial] = []
+    for seed in range(seeds):
+        for which, model in (("original", original), ("hardened", hardened)):
+
+            def look(step: int, attacked: Model, seed: int = seed, which: str = which) -> None:
+                if seed == 0 and step in looks:
+                    drawn[step, which] = draw(attacked, prompts, 7)
+
+            trials.append(
+                run_trial(
+                    model,
+                    which,
+                    parsed,
+                    pictures,
+                    judge,
+                    steps=budget,
+                    seed=seed,
+                    runtime=choose_runtime("cpu"),
+                    points=points,
+                    on_point=look,
+                )
+            )
+    rows: list[tuple[str, Sequence[Image.Image]]] = [("real (unseen by the attacker)", judge.images[:PICTURED])]
+    rows += [(f"{which}, step {step}", drawn[step, which]) for step in looks for which in ("original", "hardened")]
+    return trials, rows
 
 
 def prevented(trials: Sequence[Trial]) -> dict[str, float]:

@@ -36,7 +36,7 @@ class RowMap:
         numbers = self.rows[name]
         owners = torch.searchsorted(self.starts, numbers, right=True) - 1
         found = {}
-        for owner in owners.unique().tolist():
+        for owner in sorted(set(owners.tolist())):
             within = (owners == owner).nonzero()[:, 0]
             found[self.keys[owner]] = (numbers[within] - self.starts[owner], within)
         return found

@@ -60,10 +60,7 @@ def match_single_file(path: Path, header: Header, config: Path | None) -> Match:
 
     Raises ImmaError, with all reasons, where it fits none.
     """
-    if config is None:
-        candidates = architectures()
-    else:
-        candidates = {"custom": _configured(config)}
+    candidates = architectures() if config is None else {"custom": _configured(config)}
     found = {key: entry.shape for key, entry in header.entries.items()}
     misfits = {name: _misfit(found, expected) for name, expected in candidates.items()}
     closest = min(misfits, key=lambda name: misfits[name].total)

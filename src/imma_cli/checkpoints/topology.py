@@ -50,9 +50,7 @@ def same_shape(key: str, found: Shape, expected: Shape) -> bool:
     """Whether a tensor of shape *found* may stand where *expected* is the shape."""
     if found == expected:
         return True
-    return (
-        bool(EITHER_DIMENSIONS.fullmatch(key)) and found[:2] == expected[:2] and set((*found[2:], *expected[2:])) <= {1}
-    )
+    return bool(EITHER_DIMENSIONS.fullmatch(key)) and found[:2] == expected[:2] and {*found[2:], *expected[2:]} <= {1}
 
 
 def part_of(key: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,7 @@ def write(
     replaced: dict[str, dict[str, Tensor]] = {}
     tensors = parameters = 0
     for part, weights in by_part.items():
-        replaced[part] = _row_map(checkpoint, part).scatter(
-            weights, lambda key, part=part: _original(checkpoint, part, key)
-        )
+        replaced[part] = _row_map(checkpoint, part).scatter(weights, partial(_original, checkpoint, part))
         for key, tensor in replaced[part].items():
             differing = int((tensor != _original(checkpoint, part, key)).sum())
             tensors += differing > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -119,7 +121,7 @@ def verify(
                             seed=seed,
                             runtime=runtime,
                             batch_size=batch_size,
-                            on_step=lambda step, loss, done=done, which=which: advance(done + step, **{which: loss}),
+                            on_step=partial(_advance, advance, done, which),
                         )
                     )
                     done += budget
@@ -131,6 +133,10 @@ def verify(
         print_json({"comparisons": [c.as_json() for c in comparisons], "trials": lines, "warnings": warnings})
     else:
         _say(comparisons, report)
+
+
+def _advance(advance: Callable[..., None], done: int, which: str, step: int, loss: float) -> None:
+    advance(done + step, **{which: loss})
 
 
 def _require_comparable(original: Checkpoint, hardened: Checkpoint) -> None:
