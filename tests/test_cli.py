@@ -1,0 +1,234 @@
+"""The commands as a user types them, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from imma_cli.checkpoints.safetensors_file import read_header
+from imma_cli.cli import main
+
+Run = "subprocess.CompletedProcess[str]"
+
+
+@pytest.fixture
+def imma(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs ``imma`` with arguments in this process; gives exit code, output and messages."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        handler = signal.getsignal(signal.SIGINT)
+        monkeypatch.setattr(sys, "argv", ["imma", *map(str, arguments)])
+        try:
+            with pytest.raises(SystemExit) as left:
+                main()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        said = capsys.readouterr()
+        return int(left.value.code or 0), said.out, said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(6):
+        Image.effect_mandelbrot((64, 64), (-2 + i / 4, -1, 1, 1.2), 15 + 4 * i).convert("RGB").save(folder / f"{i}.png")
+    return folder
+
+
+def blocks(path: Path) -> dict[str, bytes]:
+    header, raw = read_header(path), path.read_bytes()
+    return {n: raw[header.data_start + e.start : header.data_start + e.end] for n, e in header.entries.items()}
+
+
+def test_harden_writes_a_file_that_differs_in_attention_alone(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
+    target = tmp_path / "hard.safetensors"
+    code, out, err = imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue style", "--images", pictures,
+        "--attack", "lora:rank=2", "--attack", "dreambooth", "--steps", 8, "--outer-learning-rate", 0.01, "--output", target, "--seed", 4,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "imma verify" in out
+    before, after = blocks(tiny_checkpoint), blocks(target)
+    assert list(before) == list(after)
+    changed = [n for n in before if before[n] != after[n]]
+    assert len(changed) > 100
+    assert all(".attn1.to_" in n or ".attn2.to_" in n for n in changed)
+    code, out, _ = imma("inspect", target, "--config", tiny_config, "--json")
+    record = json.loads(out)["provenance"]
+    assert [a["name"] for a in record["attacks"]] == ["lora", "dreambooth"]
+    assert record["attacks"][0]["settings"]["rank"] == 2
+    assert (record["settings"]["seed"], record["concepts"][0]["name"]) == (4, "blue style")
+    assert len(record["concepts"][0]["sha256"]) == 6
+
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_single_file(str(target), config=str(tiny_config), local_files_only=True)
+    assert pipeline("a cat", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
+
+
+def test_the_same_seed_gives_the_same_file(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
+    targets = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for target, seed in zip(targets, (1, 1, 2), strict=True):
+        code, _, err = imma(
+            "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue style", "--images", pictures,
+            "--steps", 4, "--output", target, "--seed", seed,
+        )  # fmt: skip
+        assert code == 0, err
+    first, again, other = (target.read_bytes() for target in targets)
+    assert first == again
+    assert first != other
+
+
+def test_without_pictures_the_model_draws_them(imma, tiny_checkpoint, tiny_config, tmp_path) -> None:
+    target = tmp_path / "hard.safetensors"
+    code, out, err = imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue style", "--draw", 2, "--steps", 2,
+        "--output", target, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["provenance"]["concepts"][0]["images"] == "drawn by the model"
+    assert [s["cycle"] for s in report["steps"]] == [1]
+    assert target.exists()
+
+
+def test_everything_wrong_is_said_at_once_and_nothing_is_written(imma, tiny_checkpoint, tiny_config, tmp_path) -> None:
+    target = tmp_path / "hard.safetensors"
+    target.write_bytes(b"mine")
+    code, out, err = imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "a", "--concept", "a", "--images", tmp_path / "none",
+        "--attack", "lorra", "--attack", "lora:rnk=1", "--output", target, "--device", "tpu9", "--attention", "xformers",
+    )  # fmt: skip
+    assert code == 2
+    assert out == ""
+    for part in ("lorra", "Did you mean lora", "rnk", "given twice", "2 --concept but 1 --images", "none is not a folder",
+                 "exists", "tpu9", "xformers"):  # fmt: skip
+        assert part in err, part
+    assert target.read_bytes() == b"mine"
+
+
+def test_a_missing_checkpoint_is_one_line(imma, tmp_path) -> None:
+    code, _, err = imma("harden", tmp_path / "no.safetensors", "--concept", "x")
+    assert code == 2
+    assert "no such file" in err
+    assert "Traceback" not in err
+
+
+def test_an_existing_output_needs_force(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
+    target = tmp_path / "hard.safetensors"
+    target.write_bytes(b"mine")
+    arguments = (
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures, "--steps", 2, "--output", target,
+    )  # fmt: skip
+    assert imma(*arguments)[0] == 2
+    assert target.read_bytes() == b"mine"
+    assert imma(*arguments, "--force")[0] == 0
+    assert read_header(target)
+
+
+def test_rates_that_end_in_nan_write_nothing(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
+    before = tiny_checkpoint.read_bytes()
+    code, _, err = imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures, "--steps", 60,
+        "--outer-learning-rate", 1e30, "--output", tmp_path / "hard.safetensors",
+    )  # fmt: skip
+    assert code == 2
+    assert "Lower the learning rates" in err
+    assert list(tmp_path.iterdir()) == []
+    assert tiny_checkpoint.read_bytes() == before
+
+
+def test_a_dry_run_says_what_would_happen(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
+    code, out, err = imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures, "--dry-run",
+        "--output", tmp_path / "hard.safetensors",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "cpu" in out
+    assert "sdpa" in out
+    assert "160 tensors" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_diffusers_folder_is_hardened_into_a_folder(imma, tiny_folder, pictures, tmp_path) -> None:
+    target = tmp_path / "hard"
+    code, _, err = imma("harden", tiny_folder, "--concept", "x", "--images", pictures, "--steps", 4, "--output", target)
+    assert code == 0, err
+    weights = Path("unet", "diffusion_pytorch_model.safetensors")
+    for path in (p for p in tiny_folder.rglob("*") if p.is_file()):
+        same = path.read_bytes() == (target / path.relative_to(tiny_folder)).read_bytes()
+        assert same == (path.relative_to(tiny_folder) != weights), path
+
+
+def test_verify_compares_paired_trials(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
+    hard = tmp_path / "hard.safetensors"
+    imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures, "--steps", 40,
+        "--outer-learning-rate", 0.02, "--output", hard,
+    )  # fmt: skip
+    arguments = (
+        "verify", hard, "--against", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures,
+        "--attack", "lora", "--steps", 10, "--seeds", 2,
+    )  # fmt: skip
+    code, out, err = imma(*arguments, "--json", "--report", tmp_path / "report")
+    assert code == 0, err
+    result = json.loads(out)
+    assert any("used for hardening" in w for w in result["warnings"])
+    assert len(result["trials"]) == 4
+    lines = [json.loads(line) for line in (tmp_path / "report" / "trials.jsonl").read_text().splitlines()]
+    assert lines == result["trials"]
+    (comparison,) = result["comparisons"]
+    assert [p["step"] for p in comparison["original"]] == [0, 1, 2, 5, 10]
+    assert comparison["hardened"][0]["loss"] > comparison["original"][0]["loss"]
+    code, out, _ = imma(*arguments)
+    assert code == 0
+    assert "lora" in out
+    assert imma(*arguments, "--report", tmp_path / "report")[0] == 2  # finished trials are not overwritten
+
+
+def test_verify_refuses_what_cannot_be_compared(imma, tiny_checkpoint, tiny_config, pictures) -> None:
+    code, _, err = imma(
+        "verify", tiny_checkpoint, "--against", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures
+    )
+    assert code == 2
+    assert "same file" in err
+
+
+def test_attacks_are_listed_and_explained(imma) -> None:
+    code, out, _ = imma("attacks", "--json")
+    assert code == 0
+    assert {a["name"] for a in json.loads(out)["attacks"]} >= {"lora", "dreambooth"}
+    code, out, _ = imma("attacks", "textual-inversion")
+    assert code == 0
+    assert "initializer" in out
+    code, _, err = imma("attacks", "dreamboth")
+    assert code == 2
+    assert "dreambooth" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_leaves_everything_as_it_was(tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
+    before = tiny_checkpoint.read_bytes()
+    command = [
+        sys.executable, "-m", "imma_cli", "harden", str(tiny_checkpoint), "--config", str(tiny_config), "--concept", "x",
+        "--images", str(pictures), "--steps", "1000000", "--output", str(tmp_path / "hard.safetensors"),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    time.sleep(12)  # in the middle of loading or of the steps: both must end alike
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Nothing was written" in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+    assert tiny_checkpoint.read_bytes() == before
