@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 
 CHANGES: dict[str, dict[str, Any]] = {
     "unet": {
+        "_diffusers_version": "0.42.1",  # below 0.9, a pipeline takes every sample_size under 64 for a mistake and sets 64
         "block_out_channels": [8, 16, 24, 24],
         "norm_num_groups": 4,
         "cross_attention_dim": 16,

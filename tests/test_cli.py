@@ -50,7 +50,9 @@ def blocks(path: Path) -> dict[str, bytes]:
     return {n: raw[header.data_start + e.start : header.data_start + e.end] for n, e in header.entries.items()}
 
 
-def test_harden_writes_a_file_that_differs_in_attention_alone(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
+def test_harden_writes_a_file_that_differs_in_attention_alone(
+    imma, tiny_checkpoint, tiny_config, pictures, tmp_path
+) -> None:
     target = tmp_path / "hard.safetensors"
     code, out, err = imma(
         "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue style", "--images", pictures,
@@ -198,7 +200,16 @@ def test_verify_compares_paired_trials(imma, tiny_checkpoint, tiny_config, pictu
 
 def test_verify_refuses_what_cannot_be_compared(imma, tiny_checkpoint, tiny_config, pictures) -> None:
     code, _, err = imma(
-        "verify", tiny_checkpoint, "--against", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures
+        "verify",
+        tiny_checkpoint,
+        "--against",
+        tiny_checkpoint,
+        "--config",
+        tiny_config,
+        "--concept",
+        "x",
+        "--images",
+        pictures,
     )
     assert code == 2
     assert "same file" in err

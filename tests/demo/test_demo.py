@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,6 @@ from PIL import Image
 
 from imma_cli.demo import CONCEPTS, LICENSES, MODEL, ROLES, write_demo
 from imma_cli.errors import ImmaError
-
-HELD_OUT_STYLE = "high contrast style"
 
 
 @pytest.fixture(scope="module")
@@ -141,15 +140,15 @@ def test_the_style_has_forty_different_things_per_role(demo: Path) -> None:
     assert len(set.union(*roles)) == 120
 
 
-def test_the_concepts_are_absent_from_training(monkeypatch: pytest.MonkeyPatch, demo: Path) -> None:
-    pytest.importorskip("resvg_py", reason="the artwork's captions are made where the artwork can be drawn")
+def test_training_never_says_the_held_out_style_or_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("resvg_py", reason="benchmarks/demo_model needs resvg_py to be imported")
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "demo_model"))
     import artwork
 
     assert artwork.HELD_OUT_STYLE not in artwork.STYLES
     said = [artwork.caption("red-apple", style, random.Random(i)) for style in artwork.STYLES for i in range(200)]
-    assert not any(word in text for text in said for word in ("contrast", *HELD_OUT_STYLE.split()[:1]))
-    assert not any("guitar" in text for text in [*artwork.SYNONYMS, *sum(artwork.SYNONYMS.values(), [])])
+    assert not any("contrast" in text for text in said)
+    assert not any("guitar" in text for text in [*artwork.SYNONYMS, *chain(*artwork.SYNONYMS.values())])
 
 
 def test_importing_the_demo_is_light() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -37,6 +38,10 @@ def load(checkpoint: Checkpoint) -> Model:
                 feature_extractor=None,
                 image_encoder=None,
             )
+        # a pipeline takes a sample_size under 64 in an old configuration for a mistake and sets 64
+        described = json.loads((checkpoint.config / "unet" / "config.json").read_text(encoding="utf-8"))
+        if "sample_size" in described:
+            pipeline.unet.register_to_config(sample_size=described["sample_size"])
     model = checkpoint.family.assemble(pipeline)
     faults = [*_values_faults(model), *_tokenizer_faults(model)]
     if faults:

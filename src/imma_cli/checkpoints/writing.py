@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from imma_cli.checkpoints.atomic import atomic_file, atomic_folder
 from imma_cli.checkpoints.checkpoint import PROVENANCE, Checkpoint, WeightFile, WriteReport
 from imma_cli.checkpoints.folder import WEIGHTS, part_files
-from imma_cli.checkpoints.row_map import RowMap, convert, row_map, state_dict_shapes
+from imma_cli.checkpoints.row_map import convert, row_map, state_dict_shapes
 from imma_cli.checkpoints.safetensors_file import Entry, Header, read_header, rewrite
 from imma_cli.checkpoints.topology import PREFIXES, dimensions
 from imma_cli.errors import ImmaError
@@ -57,7 +58,7 @@ def write(
         dropped = checkpoint.ema_keys
         with atomic_file(output, force=force) as temporary:
             rewrite_file(checkpoint.files[0], temporary)
-            _verify(checkpoint, {checkpoint.files[0]: temporary}, by_part)
+            _verify(checkpoint, {checkpoint.files[0]: temporary}, by_part, replaced)
     else:
         dropped = tuple(_unhardened_files(checkpoint, by_part))
         rewritten = {file for part in by_part for file, _ in checkpoint.entries[part].values()}
@@ -70,7 +71,7 @@ def write(
             for file, target in places.items():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 rewrite_file(file, target)
-            _verify(checkpoint, places, by_part)
+            _verify(checkpoint, places, by_part, replaced)
     return WriteReport(output, tensors, parameters, dropped)
 
 
@@ -118,10 +119,6 @@ def _require_finite(checkpoint: Checkpoint, replaced: Mapping[str, Mapping[str, 
         )
 
 
-def _row_map(checkpoint: Checkpoint, part: str) -> RowMap:
-    return row_map(part, checkpoint.layout, checkpoint.shapes[part], checkpoint.config)
-
-
 def _original(checkpoint: Checkpoint, part: str, key: str) -> Tensor:
     file, entry = checkpoint.entries[part][key]
     return read_tensor(file.path, file.header, entry)
@@ -144,10 +141,9 @@ def _verify(
     """
     headers = {file: read_header(path) for file, path in written.items()}
     for part, weights in by_part.items():
-        keys_needed = {key for name in weights for key in _row_map(checkpoint, part).sources(name)}
         tensors = {}
         for key, (file, entry) in checkpoint.entries[part].items():
-            if key in keys_needed:
+            if key in replaced[part]:
                 tensors[key] = read_tensor(written[file], headers[file], headers[file].entries[key])
             else:
                 tensors[key] = torch.zeros(()).expand(entry.shape)  # stands in, takes no memory
@@ -173,7 +169,9 @@ def _unhardened_files(checkpoint: Checkpoint, by_part: Mapping[str, object]) -> 
             yield inside.as_posix()
 
 
-def _kept_files(checkpoint: Checkpoint, dropped: set[str], rewritten: Any, temporary: Path) -> Iterator[Path]:
+def _kept_files(
+    checkpoint: Checkpoint, dropped: set[str], rewritten: Collection[Path], temporary: Path
+) -> Iterator[Path]:
     """Every other file of the folder. A repository's hidden folders (.git, .cache) hold the unchanged weights again, and stay behind."""
     for path in sorted(checkpoint.path.rglob("*")):
         inside = path.relative_to(checkpoint.path)
