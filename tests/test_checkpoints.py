@@ -134,9 +134,9 @@ BROKEN_FILES: dict[str, tuple[Any, str]] = {
     "pickle": (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "run code"),
     "torch zip": (lambda p: torch.save({"a": torch.zeros(1)}, p), "run code"),
     "empty": (lambda p: p.write_bytes(b""), "empty"),
-    "text": (lambda p: p.write_bytes(b"hello world, this is no model at all"), ""),
-    "truncated": (lambda p: raw_file(p, one("a"), b"\0"), ""),
-    "trailing": (lambda p: raw_file(p, one("a"), b"\0" * 9), ""),
+    "text": (lambda p: p.write_bytes(b"hello world, this is no model at all"), "safetensors"),
+    "truncated": (lambda p: raw_file(p, one("a"), b"\0"), "truncated|ends|bytes"),
+    "trailing": (lambda p: raw_file(p, one("a"), b"\0" * 9), "bytes|data"),
     "duplicate": (
         lambda p: raw_file(p, '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4),
         "twice|duplicate|more than once",
@@ -161,7 +161,7 @@ def test_broken_files_are_refused(kind: str, tmp_path: Path) -> None:
 OTHER_MODELS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "lora": ({"lora_unet_down_blocks_0_attentions_0.lora_down.weight": (4, 8)}, "LoRA"),
     "embedding": ({"emb_params": (1, 768)}, "embedding"),
-    "bare unet": ({"conv_in.weight": (320, 4, 3, 3), "down_blocks.0.resnets.0.conv1.weight": (4, 4, 3, 3)}, "UNet"),
+    "bare unet": ({"conv_in.weight": (320, 4, 3, 3), "time_embedding.linear_1.weight": (4, 4)}, "UNet"),
     "sdxl": ({"conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (4,)}, "SDXL|XL"),
     "sd2": ({"cond_stage_model.model.transformer.resblocks.0.ln_1.weight": (4,)}, "2"),
 }

@@ -28,7 +28,8 @@ LIMIT = 25_000_000
 
 def trained_weights(work: Path, from_state: bool) -> dict[str, dict[str, Tensor]]:
     """The averaged weights of every part; *from_state* takes those of the last save instead of the finished ones."""
-    weights = {"vae": load_file(work / "vae.safetensors")}
+    finished = work / "vae-final.safetensors"  # there once the decoder was trained further
+    weights = {"vae": load_file(finished if finished.exists() else work / "vae.safetensors")}
     if from_state:
         averaged = torch.load(work / "unet.state.pt", weights_only=True)["averaged"]
         for part in ("text_encoder", "unet"):

@@ -109,7 +109,7 @@ def draw(model: Model, prompts: Sequence[str], seed: int) -> list[Image.Image]:
     pictures: list[Image.Image] = []
     for i in range(0, len(prompts), 8):
         part = prompts[i : i + 8]
-        pictures += model.family.draw(model, part, [1000 * seed + i + j for j in range(len(part))])
+        pictures += model.family.draw(model, part, [1000 * seed + i + j for j in range(len(part))], guidance_scale=3.0)
     return pictures
 
 

@@ -63,7 +63,7 @@ class WriteReport:
     """Keys (of a folder: files) left out, because they would hand out the unchanged weights."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A checkpoint whose header was validated and whose weights were not loaded yet. Made by :func:`open_checkpoint`."""
 

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +36,11 @@ def write(
     replaced: dict[str, dict[str, Tensor]] = {}
     tensors = parameters = 0
     for part, weights in by_part.items():
-        replaced[part] = _row_map(checkpoint, part).scatter(weights, partial(_original, checkpoint, part))
+        original = partial(_original, checkpoint, part)
+        rows = row_map(part, checkpoint.layout, checkpoint.shapes[part], checkpoint.config)
+        replaced[part] = rows.scatter(weights, original)
         for key, tensor in replaced[part].items():
-            differing = int((tensor != _original(checkpoint, part, key)).sum())
+            differing = int((tensor != original(key)).sum())
             tensors += differing > 0
             parameters += differing
     _require_finite(checkpoint, replaced)
@@ -133,7 +134,10 @@ def read_tensor(path: Path, header: Header, entry: Entry) -> Tensor:
 
 
 def _verify(
-    checkpoint: Checkpoint, written: Mapping[WeightFile, Path], by_part: Mapping[str, Mapping[str, Tensor]]
+    checkpoint: Checkpoint,
+    written: Mapping[WeightFile, Path],
+    by_part: Mapping[str, Mapping[str, Tensor]],
+    replaced: Mapping[str, Collection[str]],
 ) -> None:
     """Reads the written files as diffusers will: each changed weight must come out as it was given, in the file's dtype.
 
