@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_file(imma, tiny_checkpoint, tiny_config, p
     for target, seed in zip(targets, (1, 1, 2), strict=True):
         code, _, err = imma(
             "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue style", "--images", pictures,
-            "--steps", 4, "--output", target, "--seed", seed,
+            "--attack", "lora", "--steps", 4, "--output", target, "--seed", seed,
         )  # fmt: skip
         assert code == 0, err
     first, again, other = (target.read_bytes() for target in targets)
@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_file(imma, tiny_checkpoint, tiny_config, p
 def test_without_pictures_the_model_draws_them(imma, tiny_checkpoint, tiny_config, tmp_path) -> None:
     target = tmp_path / "hard.safetensors"
     code, out, err = imma(
-        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue style", "--draw", 2, "--steps", 2,
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue style", "--draw", 2, "--steps", 2, "--attack", "lora",
         "--output", target, "--json",
     )  # fmt: skip
     assert code == 0, err
@@ -120,7 +120,7 @@ def test_everything_wrong_is_said_at_once_and_nothing_is_written(imma, tiny_chec
 
 
 def test_a_missing_checkpoint_is_one_line(imma, tmp_path) -> None:
-    code, _, err = imma("harden", tmp_path / "no.safetensors", "--concept", "x")
+    code, _, err = imma("harden", tmp_path / "no.safetensors", "--concept", "x", "--attack", "lora")
     assert code == 2
     assert "no such file" in err
     assert "Traceback" not in err
@@ -130,7 +130,7 @@ def test_an_existing_output_needs_force(imma, tiny_checkpoint, tiny_config, pict
     target = tmp_path / "hard.safetensors"
     target.write_bytes(b"mine")
     arguments = (
-        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures, "--steps", 2, "--output", target,
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--attack", "lora", "--images", pictures, "--steps", 2, "--output", target,
     )  # fmt: skip
     assert imma(*arguments)[0] == 2
     assert target.read_bytes() == b"mine"
@@ -141,7 +141,7 @@ def test_an_existing_output_needs_force(imma, tiny_checkpoint, tiny_config, pict
 def test_rates_that_end_in_nan_write_nothing(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
     before = tiny_checkpoint.read_bytes()
     code, _, err = imma(
-        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures, "--steps", 60,
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--attack", "lora", "--images", pictures, "--steps", 60,
         "--outer-learning-rate", 1e30, "--output", tmp_path / "hard.safetensors",
     )  # fmt: skip
     assert code == 2
@@ -152,7 +152,7 @@ def test_rates_that_end_in_nan_write_nothing(imma, tiny_checkpoint, tiny_config,
 
 def test_a_dry_run_says_what_would_happen(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
     code, out, err = imma(
-        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures, "--dry-run",
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--attack", "lora", "--images", pictures, "--dry-run",
         "--output", tmp_path / "hard.safetensors",
     )  # fmt: skip
     assert code == 0, err
@@ -164,7 +164,20 @@ def test_a_dry_run_says_what_would_happen(imma, tiny_checkpoint, tiny_config, pi
 
 def test_a_diffusers_folder_is_hardened_into_a_folder(imma, tiny_folder, pictures, tmp_path) -> None:
     target = tmp_path / "hard"
-    code, _, err = imma("harden", tiny_folder, "--concept", "x", "--images", pictures, "--steps", 4, "--output", target)
+    code, _, err = imma(
+        "harden",
+        tiny_folder,
+        "--concept",
+        "x",
+        "--attack",
+        "lora",
+        "--images",
+        pictures,
+        "--steps",
+        4,
+        "--output",
+        target,
+    )
     assert code == 0, err
     weights = Path("unet", "diffusion_pytorch_model.safetensors")
     for path in (p for p in tiny_folder.rglob("*") if p.is_file()):
@@ -175,12 +188,11 @@ def test_a_diffusers_folder_is_hardened_into_a_folder(imma, tiny_folder, picture
 def test_verify_compares_paired_trials(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
     hard = tmp_path / "hard.safetensors"
     imma(
-        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures, "--steps", 40,
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--attack", "lora", "--images", pictures, "--steps", 40,
         "--outer-learning-rate", 0.02, "--output", hard,
     )  # fmt: skip
     arguments = (
-        "verify", hard, "--against", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures,
-        "--attack", "lora", "--steps", 10, "--seeds", 2,
+        "verify", hard, "--against", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures, "--attack", "lora", "--steps", 10, "--seeds", 2,
     )  # fmt: skip
     code, out, err = imma(*arguments, "--json", "--report", tmp_path / "report")
     assert code == 0, err
@@ -210,6 +222,8 @@ def test_verify_refuses_what_cannot_be_compared(imma, tiny_checkpoint, tiny_conf
         "x",
         "--images",
         pictures,
+        "--attack",
+        "lora",
     )
     assert code == 2
     assert "same file" in err
@@ -231,7 +245,7 @@ def test_attacks_are_listed_and_explained(imma) -> None:
 def test_ctrl_c_leaves_everything_as_it_was(tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
     before = tiny_checkpoint.read_bytes()
     command = [
-        sys.executable, "-m", "imma_cli", "harden", str(tiny_checkpoint), "--config", str(tiny_config), "--concept", "x",
+        sys.executable, "-m", "imma_cli", "harden", str(tiny_checkpoint), "--config", str(tiny_config), "--concept", "x", "--attack", "lora",
         "--images", str(pictures), "--steps", "1000000", "--output", str(tmp_path / "hard.safetensors"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -239,7 +253,7 @@ def test_ctrl_c_leaves_everything_as_it_was(tiny_checkpoint, tiny_config, pictur
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Nothing was written" in err
+    assert "No half file was left" in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
     assert tiny_checkpoint.read_bytes() == before

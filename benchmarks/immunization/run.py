@@ -87,6 +87,7 @@ def harden(folder: Path, attack: str, concept: str, output: Path) -> dict[str, A
         "case": f"{attack} / {concept}",
         "seconds": time.monotonic() - began,
         "peak_gb": usage.ru_maxrss * 1024 / 1e9,
+        "load_average": os.getloadavg()[0],
         "rates": provenance["attacks"][0]["rates"],
     }
 
@@ -151,55 +152,58 @@ def check_file(original: Path, hardened: Path) -> dict[str, Any]:
     }
 
 
+def run_case(folder: Path, original: Model, attack: str, concept: str, seeds: int, results: Path) -> None:
+    """Harden, attack both models, compare; raw trials, summary and pictures go to *results*."""
+    name = f"{attack}-{concept}"
+    output = folder / f"{name}.safetensors"
+    hardening = harden(folder, attack, concept, output)
+    model = open_checkpoint(output).load()
+    budget = 2 * len(hardening.pop("steps"))
+    trials, rows = attack_both(folder, original, model, attack, concept, budget, seeds)
+    (results / f"{name}.jsonl").write_text("".join(json.dumps(trial.as_json()) + "\n" for trial in trials))
+    sheet(rows, results / f"{name}.png")
+    (comparison,) = compare(trials)
+    result = {
+        "hardening": hardening,
+        "simulated_inner_steps": budget // 2,
+        "attack_steps": budget,
+        "comparison": comparison.as_json(),
+        "prevented_at_end": prevented(trials),
+        "untouched_similarity": untouched(original, model),
+    }
+    if (attack, concept) == CASES[0]:
+        again = folder / "again.safetensors"
+        harden(folder, attack, concept, again)
+        digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (output, again)]
+        result["file"] = check_file(folder / "model.safetensors", output) | {
+            "two_runs_identical": digests[0] == digests[1]
+        }
+        some = UNRELATED[:8] + UNRELATED[16:20]
+        pairs = [(which, draw(m, some, 0)) for which, m in (("original", original), ("hardened", model))]
+        sheet(pairs, results / "untouched.png")
+    (results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cases", help="numbers of the cases to run, as 0,2: several processes can share the work")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     cases, seeds = (CASES[:2], 1) if args.quick else (CASES, args.seeds)
-    summary: dict[str, Any] = {"cases": []}
-    with tempfile.TemporaryDirectory() as temporary, (args.out / "trials.jsonl").open("w") as raw:
+    if args.cases:
+        cases = [CASES[int(n)] for n in args.cases.split(",")]
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_demo(folder)
-        source = folder / "model.safetensors"
-        original = open_checkpoint(source).load()
-        for number, (attack, concept) in enumerate(cases):
-            output = folder / f"{number}.safetensors"
-            hardening = harden(folder, attack, concept, output)
-            model = open_checkpoint(output).load()
-            budget = 2 * len(hardening.pop("steps"))
-            trials, rows = attack_both(folder, original, model, attack, concept, budget, seeds)
-            raw.writelines(json.dumps(trial.as_json()) + "\n" for trial in trials)
-            raw.flush()
-            sheet(rows, args.out / f"{attack}-{concept}.png")
-            (comparison,) = compare(trials)
-            result = {
-                "hardening": hardening,
-                "simulated_inner_steps": budget // 2,
-                "attack_steps": budget,
-                "comparison": comparison.as_json(),
-                "prevented_at_end": prevented(trials),
-                "untouched_similarity": untouched(original, model),
-            }
-            summary["cases"].append(result)
-            print(json.dumps(result), flush=True)
-            if number == 0:
-                summary["file"] = check_file(source, output)
-                again = folder / "again.safetensors"
-                harden(folder, attack, concept, again)
-                digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (output, again)]
-                summary["two_runs_identical"] = digests[0] == digests[1]
-                some = UNRELATED[:8] + UNRELATED[16:20]
-                sheet(
-                    [(which, draw(m, some, 0)) for which, m in (("original", original), ("hardened", model))],
-                    args.out / "untouched.png",
-                )
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (args.out / "table.md").write_text(table(summary))
-    print(table(summary))
+        original = open_checkpoint(folder / "model.safetensors").load()
+        for attack, concept in cases:
+            run_case(folder, original, attack, concept, seeds, args.out)
+            (args.out / "table.md").write_text(table(args.out))
+    print(table(args.out))
 
 
 def attack_both(
@@ -250,14 +254,15 @@ def prevented(trials: Sequence[Trial]) -> dict[str, float]:
     return shares | {"mean": fmean(shares.values())}
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The summary as Markdown."""
+def table(results: Path) -> str:
+    """The summaries of all cases that have been run, as Markdown."""
+    paths = [results / f"{attack}-{concept}.json" for attack, concept in CASES]
     lines = [
         "| hardened and attacked with | harden: s / GB | loss on unseen pictures, original: start → end | hardened: start → end "
         "| steps to half the gain: original / hardened | gain prevented at the end | untouched prompts, similarity |",
         "|---|---|---|---|---|---|---|",
     ]
-    for case in summary["cases"]:
+    for case in (json.loads(path.read_text()) for path in paths if path.exists()):
         c, h = case["comparison"], case["hardening"]
         needed = c["steps_to_halfway"]
         reached = [f"{n:.0f}" if n is not None else f"> {case['attack_steps']}" for n in needed.values()]

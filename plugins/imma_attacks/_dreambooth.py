@@ -28,6 +28,7 @@ class DreamBoothSettings(AttackSettings):
     """How many pictures of the class the model draws for prior preservation."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prior_weight < 0:
             raise ValueError(f"prior_weight must not be negative, but is {self.prior_weight}")
         if self.prior_images < 1:

@@ -23,6 +23,7 @@ class LoraSettings(AttackSettings):
     """Rank of the matrices."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
 

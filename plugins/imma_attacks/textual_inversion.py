@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from imma_cli.attacks import Attack, AttackSettings, Preset, hookimpl
 from imma_cli.concepts.concept import Concept
+from imma_cli.errors import ImmaError
 from imma_cli.families.model import Model
 
 
@@ -27,6 +28,7 @@ class TextualInversionSettings(AttackSettings):
     """The words whose embeddings the new ones start from; the last word of the concept's name where empty."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.tokens <= 32:
             raise ValueError(f"tokens must be from 1 to 32, not {self.tokens}")
 
@@ -70,7 +72,7 @@ class TextualInversion(Attack):
 
     def caption(self, concept: Concept, caption: str) -> str:
         new = " ".join(self.words)
-        replaced, count = re.subn(re.escape(concept.name), new, caption, flags=re.IGNORECASE)
+        replaced, count = re.subn(rf"(?<!\w){re.escape(concept.name)}(?!\w)", new, caption, flags=re.IGNORECASE)
         return replaced if count and replaced != new else f"an image of {new}"
 
     @contextmanager
@@ -78,6 +80,10 @@ class TextualInversion(Attack):
         tokenizer, known = model.tokenizer, model.text_encoder.get_input_embeddings()
         start = self.settings.initializer or concept.name.split()[-1]
         ids = tokenizer(start, add_special_tokens=False).input_ids
+        if not ids:
+            raise ImmaError(
+                f"The tokenizer reads nothing in {start!r}.", hint="Set --attack textual-inversion:initializer=WORD."
+            )
         rows = known.weight.detach()[[ids[i % len(ids)] for i in range(self.settings.tokens)]].clone()
         if self.settings.tokens > 1:  # words that start alike would stay alike
             generator = torch.Generator().manual_seed(seed)
@@ -85,6 +91,10 @@ class TextualInversion(Attack):
         new = nn.Parameter(rows, requires_grad=False)
         model.tokenizer = copy.deepcopy(tokenizer)
         model.tokenizer.add_tokens(self.words)
+        size = known.num_embeddings
+        if model.tokenizer.convert_tokens_to_ids(self.words) != list(range(size, size + len(self.words))):
+            model.tokenizer = tokenizer
+            raise ImmaError("This model's tokenizer does not end where its token embedding does: no word can be added.")
         model.text_encoder.set_input_embeddings(ExtendedEmbedding(known, new))
         try:
             yield {"new": new}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from imma_cli.errors import ImmaError
@@ -39,6 +40,11 @@ class AttackSettings:
     """``paper``: the published rates for full-size models; ``small``: for models like the demo; ``auto``: by size."""
     learning_rate: float | None = None
     """The attacker's rate; overrides the preset's."""
+
+    def __post_init__(self) -> None:
+        rate = self.learning_rate
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise ValueError(f"learning_rate must be a positive number, not {rate:g}")
 
 
 class Attack(ABC):
@@ -91,4 +97,4 @@ class Attack(ABC):
             )
         chosen = self.presets[preset]
         rate = self.settings.learning_rate
-        return chosen if rate is None else Preset(rate, chosen.outer_learning_rate, chosen.steps, chosen.max_grad_norm)
+        return chosen if rate is None else replace(chosen, learning_rate=rate)

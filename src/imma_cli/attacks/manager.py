@@ -71,7 +71,7 @@ def discover(plugins: Iterable[EntryPoint] | None = None) -> Registry:
                     other = found[attack.name].distribution
                     raise ValueError(f"the attack {attack.name} is already registered by {other}")
                 found[attack.name] = Found(attack, distribution, version)
-        except Exception as error:  # noqa: BLE001 - somebody else's code may raise anything at import
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - somebody else's code may raise anything at import
             broken.append(Broken(point.name, distribution, version, f"{type(error).__name__}: {error}"))
     return Registry(found, tuple(broken))
 
@@ -96,6 +96,9 @@ def _check(attack: type[Attack]) -> None:
     missing = [field for field in ("name", "summary", "paper", "presets") if not hasattr(attack, field)]
     if missing:
         raise TypeError(f"{attack.__name__} does not state its {', '.join(missing)}")
+    lacking = sorted({"paper", "small"} - set(attack.presets))
+    if lacking:
+        raise TypeError(f"{attack.__name__}.presets lacks {' and '.join(lacking)}")
     settings = attack.Settings
     if not (is_dataclass(settings) and issubclass(settings, AttackSettings)):
         raise TypeError(f"{attack.__name__}.Settings is no dataclass derived from AttackSettings")

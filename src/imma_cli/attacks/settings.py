@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -43,12 +43,19 @@ def parse_attacks(specs: Iterable[str], registry: Registry) -> list[Attack]:
             reasons.append(" ".join([error.what, *error.reasons, error.hint or ""]).strip())
             continue
         values, wrong = _values(attack, text)
+        preset = values.get("preset", "auto")
+        if preset != "auto" and preset not in attack.presets:
+            wrong.append(f"{name}: there is no preset {preset!r}; choose from auto, {', '.join(attack.presets)}")
         reasons += wrong
         if not wrong:
             try:
                 attacks.append(attack(attack.Settings(**values)))
             except (ValueError, TypeError) as error:
                 reasons.append(f"{name}: {error}")
+    specs_seen = [(a.name, a.settings) for a in attacks]
+    reasons += [
+        f"{n} is given twice with the same settings" for n, s in set(specs_seen) if specs_seen.count((n, s)) > 1
+    ]
     if reasons:
         raise ImmaError("The attacks cannot be set up.", reasons, "imma attacks NAME shows the settings of an attack.")
     return attacks
@@ -56,7 +63,7 @@ def parse_attacks(specs: Iterable[str], registry: Registry) -> list[Attack]:
 
 def _values(attack: type[Attack], text: str) -> tuple[dict[str, Any], list[str]]:
     known = {f.name: f for f in fields(attack.Settings)}
-    hints = _hints(attack.Settings)
+    hints = get_type_hints(attack.Settings)
     values: dict[str, Any] = {}
     reasons: list[str] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
@@ -78,15 +85,6 @@ def _values(attack: type[Attack], text: str) -> tuple[dict[str, Any], list[str]]
     return values, reasons
 
 
-def _hints(settings: type[AttackSettings]) -> dict[str, Any]:
-    return inspect.get_annotations(settings, eval_str=True) | {
-        name: hint
-        for base in reversed(settings.__mro__)
-        if base is not object
-        for name, hint in inspect.get_annotations(base, eval_str=True).items()
-    }
-
-
 def _type_name(hint: Any) -> str:
     return hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint))
 
@@ -97,7 +95,10 @@ def describe(settings: type[AttackSettings]) -> list[SettingHelp]:
     for base in reversed(settings.__mro__):
         if base is object:
             continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        except OSError:  # a plugin may come without its source
+            continue
         assert isinstance(body, ast.ClassDef)
         for field, after in zip(body.body, body.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(field.target, ast.Name):
@@ -105,6 +106,13 @@ def describe(settings: type[AttackSettings]) -> list[SettingHelp]:
     return [SettingHelp(f.name, _type_name(f.type), f.default, meanings.get(f.name, "")) for f in fields(settings)]
 
 
+def spec(attack: Attack) -> str:
+    """An attack as one would type it: its name and the settings that differ from the defaults."""
+    changed = {f.name: getattr(attack.settings, f.name) for f in fields(attack.settings)}
+    items = [f"{f.name}={changed[f.name]}" for f in fields(attack.settings) if changed[f.name] != f.default]
+    return f"{attack.name}:{','.join(items)}" if items else attack.name
+
+
 def record(attack: Attack) -> dict[str, Any]:
     """An attack as results and provenance record it."""
-    return {"name": attack.name, "settings": asdict(attack.settings)}
+    return {"name": attack.name, "spec": spec(attack), "settings": asdict(attack.settings)}

@@ -132,7 +132,7 @@ class Checkpoint:
             record = json.loads(self.metadata.get(PROVENANCE, "null"))
         except ValueError:
             return None
-        return record if isinstance(record, dict) else None
+        return record if _is_record(record) else None
 
     @cached_property
     def sha256(self) -> str:
@@ -163,6 +163,11 @@ class Checkpoint:
         if single and output.suffix != ".safetensors":
             raise ImmaError(
                 f"cannot write {output}", ["its name does not end in .safetensors, which is what is written"]
+            )
+        if not single and output.suffix == ".safetensors":
+            raise ImmaError(
+                f"cannot write {output}",
+                ["a diffusers folder is written as a folder: give a name without .safetensors"],
             )
         refuse_output(output, self.path, force=force, folder=not single, needed=self.size, replaceable=_is_model_folder)
 
@@ -248,6 +253,17 @@ def _notices(files: Iterable[WeightFile]) -> tuple[str, ...]:
                     f"The metadata key 'imma' of {file.path.name} is not JSON, so it is not imma's record; writing replaces it."
                 )
     return tuple(found)
+
+
+def _is_record(record: Any) -> bool:
+    """Whether *record* has the form of imma's own; anybody can write anything under its key."""
+    if not isinstance(record, dict) or not isinstance(record.get("settings", {}), dict):
+        return False
+    lists = [record.get(key, []) for key in ("attacks", "concepts")]
+    return all(
+        isinstance(many, list) and all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in many)
+        for many in lists
+    ) and all(isinstance(one.get("sha256", []), list) for one in lists[1])
 
 
 def _is_model_folder(path: Path) -> bool:

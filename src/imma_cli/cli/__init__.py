@@ -32,7 +32,7 @@ app.command()(inspect.inspect)
 
 
 class Interrupted(BaseException):
-    """Ctrl-C. Not KeyboardInterrupt, which typer would turn into an abort of its own."""
+    """Ctrl-C, or a request to end. Not KeyboardInterrupt, which typer would turn into an abort of its own."""
 
 
 def _version(asked: bool) -> None:
@@ -51,7 +51,7 @@ def _root(
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not disturb the cleaning up
+    signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not disturb the cleaning up
     raise Interrupted
 
 
@@ -62,11 +62,12 @@ def main() -> None:
     # xformers warns at import where there is no GPU it was built for; what that means is said by --attention
     logging.getLogger("xformers").setLevel(logging.ERROR)
     signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except ImmaError as error:
         show_error(error)
         sys.exit(2)
     except Interrupted:
-        err.print("Interrupted. Nothing was written; the input and earlier outputs are as they were.")
+        err.print("Interrupted. No half file was left; the input and earlier outputs are as they were.")
         sys.exit(130)

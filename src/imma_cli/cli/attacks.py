@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from imma_cli.cli.console import err, out, print_json
@@ -82,6 +83,6 @@ def attacks(
     out.print(table)
     for b in registry.broken:
         err.print(
-            f"[yellow]The plugin {b.plugin} of {b.distribution} {b.version} cannot be used:[/] {b.reason}",
+            f"[yellow]The plugin {b.plugin} of {b.distribution} {b.version} cannot be used:[/] {escape(b.reason)}",
             soft_wrap=True,
         )

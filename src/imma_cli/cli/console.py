@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 
 from imma_cli.errors import ImmaError
 
@@ -24,15 +25,11 @@ def print_json(value: object) -> None:
 
 def show_error(error: ImmaError) -> None:
     """One red line that says what is wrong, each reason below it, and what to do."""
-    err.print(f"[bold red]Error:[/] {_escaped(error.what)}", soft_wrap=True)
+    err.print(f"[bold red]Error:[/] {escape(error.what)}", soft_wrap=True)
     for reason in error.reasons:
-        err.print(f"  - {_escaped(reason)}", soft_wrap=True)
+        err.print(f"  - {escape(reason)}", soft_wrap=True)
     if error.hint:
-        err.print(_escaped(error.hint), soft_wrap=True)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+        err.print(escape(error.hint), soft_wrap=True)
 
 
 class Refusals:
@@ -59,7 +56,6 @@ class Refusals:
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
-            reasons = [
-                " ".join([e.what, *(f"({r})" for r in e.reasons), *([e.hint] if e.hint else [])]) for e in self.errors
-            ]
-            raise ImmaError(self.what, reasons)
+            reasons = [line for e in self.errors for line in ([f"{e.what} {r}" for r in e.reasons] or [e.what])]
+            hints = dict.fromkeys(e.hint for e in self.errors if e.hint)
+            raise ImmaError(self.what, reasons, "\n".join(hints) or None)

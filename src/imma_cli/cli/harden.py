@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
 from imma_cli.cli.console import Refusals, err, out, print_json
 from imma_cli.cli.progress import course, waiting
@@ -22,15 +24,14 @@ if TYPE_CHECKING:
 def harden(
     checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file or a diffusers folder.")],
     concept: Annotated[list[str], typer.Option(help="What to protect. Repeatable.")],
+    attack: Annotated[
+        list[str], typer.Option(help="Attack to immunize against: NAME[:key=value,...]. Repeatable. See: imma attacks.")
+    ],
     images: Annotated[
         list[Path] | None,
         typer.Option(
             help="Folder of pictures, one for each --concept in the same order. Left out, the model draws them."
         ),
-    ] = None,
-    attack: Annotated[
-        list[str] | None,
-        typer.Option(help="Attack to immunize against: NAME[:key=value,...]. Repeatable. Default: lora."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="What to write. Default: beside the checkpoint, NAME-immunized.")
@@ -46,11 +47,11 @@ def harden(
         typer.Option(min=2, help="Inner and outer steps for each attack on each concept. Default: the preset's."),
     ] = None,
     outer_learning_rate: Annotated[
-        float | None, typer.Option(min=0, help="Rate of the immunizing steps. Default: the attack's preset's.")
+        float | None, typer.Option(help="Rate of the immunizing steps. Default: the attack's preset's.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in a step.")] = 1,
     draw: Annotated[int, typer.Option(min=1, help="How many pictures the model draws without --images.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Same seed, same weights.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     attention: Annotated[
         Literal["auto", "xformers", "sdpa"], typer.Option(help="Attention kernel; auto takes xformers on a GPU.")
@@ -73,11 +74,13 @@ def harden(
     """Immunize a checkpoint against fine-tuning on a concept (IMMA), and write it in the layout it came in."""
     refusals = Refusals("The checkpoint cannot be hardened like this.")
     target = output or _beside(checkpoint)
-    attacks, concepts, opened = _inputs(refusals, checkpoint, config, attack or ["lora"], concept, images)
+    attacks, concepts, opened = _inputs(refusals, checkpoint, config, attack, concept, images)
+    if outer_learning_rate is not None and not 0 < outer_learning_rate < float("inf"):
+        refusals.add(f"--outer-learning-rate must be a positive number, not {outer_learning_rate:g}.")
     if opened is not None:
         refusals.check(opened.check_output, target, force=force or dry_run)
 
-    from imma_cli.families.runtime import choose_runtime  # the first import of torch: after the quick refusals
+    from imma_cli.families.runtime import choose_runtime
 
     runtime = refusals.check(choose_runtime, device, attention, precision)
     refusals.raise_all()
@@ -90,7 +93,7 @@ def harden(
 
     for notice in opened.notices:
         if not json:
-            err.print(f"[yellow]Note:[/] {notice}")
+            err.print(f"[yellow]Note:[/] {escape(notice)}")
     with waiting("Reading the checkpoint", quiet=json):
         model = runtime.apply(opened.load(), gradient_checkpointing=gradient_checkpointing)
     settings = ImmunizerSettings(method, protect, steps, outer_learning_rate, batch_size, seed)
@@ -126,8 +129,11 @@ def harden(
 
 
 def _beside(checkpoint: Path) -> Path:
-    whole = checkpoint.resolve()
-    return whole.with_name(f"{whole.stem if whole.suffix == '.safetensors' else whole.name}-immunized{whole.suffix}")
+    # not resolve(): where a link leads is somebody's cache; a relative path stays one
+    if checkpoint.is_dir():
+        folder = checkpoint.absolute()
+        return folder.with_name(f"{folder.name}-immunized")
+    return checkpoint.with_name(f"{checkpoint.stem}-immunized.safetensors")
 
 
 def _inputs(
@@ -231,11 +237,13 @@ def _say_done(
     attacks: list[Attack],
     concepts: list[Concept],
 ) -> None:
+    from imma_cli.attacks.settings import spec
+
     losses = _course_of(result)
-    out.print(f"[bold green]Wrote[/] {written.path}")
+    out.print(f"[bold green]Wrote[/] {escape(str(written.path))}")
     out.print(
         f"  changed: {written.tensors} attention tensors, {written.parameters:,} values, "
-        f"by {change:.1%} of their length; every other byte is as it was"
+        f"by {change:.1%} of their length; every other weight is identical, byte for byte"
     )
     if losses["attacker_first"] is not None:
         out.print(
@@ -245,14 +253,15 @@ def _say_done(
         f"  loss after the attacker's step: {losses['immunizer_first']:.4f} at first, {losses['immunizer_last']:.4f} at last"
     )
     if written.dropped:
-        out.print(f"  left out: {len(written.dropped)} tensors that held the unhardened weights")
-    names = " ".join(f"--attack {a.name}" for a in attacks)
+        out.print(f"  left out: {len(written.dropped)} copies of the unhardened weights")
+    command = ["imma", "verify", str(written.path), "--against", str(checkpoint), "--concept", concepts[0].name]
+    command += ["--images", "FOLDER", *(part for a in attacks for part in ("--attack", spec(a)))]
     out.print(
         "\nA simulated attacker is not a real one. To see what a real one still gets, with pictures not used here:"
     )
-    out.print(
-        f'  imma verify {written.path} --against {checkpoint} --concept "{concepts[0].name}" --images FOLDER {names}'
-    )
+    out.print("  " + shlex.join(command), markup=False)
+    if len(concepts) > 1:
+        out.print(f"  and the same for the other {len(concepts) - 1} concepts")
     out.print("Who has the unhardened checkpoint can simply fine-tune that one: do not publish both.")
 
 
@@ -299,7 +308,7 @@ def _say_plan(
     if json:
         print_json(plan)
         return
-    out.print(f"Would write {target}")
+    out.print(f"Would write {target}", markup=False)
     out.print(
         f"  change: {plan['would_change_tensors']} tensors, {plan['would_change_parameters']:,} values ({settings.protect})"
     )
@@ -307,7 +316,7 @@ def _say_plan(
         rates = attack.rates(model)
         out.print(
             f"  against {attack.name}: {settings.steps or rates.steps} steps, learning rate {rates.learning_rate:g}, "
-            f"outer {settings.outer_learning_rate or rates.outer_learning_rate:g}"
+            f"outer {settings.outer_learning_rate if settings.outer_learning_rate is not None else rates.outer_learning_rate:g}"
         )
     out.print(f"  on {runtime.device}, attention {runtime.attention}, precision {runtime.precision}")
     out.print(

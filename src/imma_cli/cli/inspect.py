@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from imma_cli.cli.console import out, print_json
@@ -39,7 +40,7 @@ def inspect(
     if json:
         print_json(report)
         return
-    table = Table(title=f"{found.path}", show_header=False, title_justify="left")
+    table = Table(title=escape(str(found.path)), show_header=False, title_justify="left")
     table.add_row("family", f"{found.family.title} ({found.architecture})")
     table.add_row("layout", found.layout)
     table.add_row("size", f"{found.size / 1e6:,.1f} MB")
@@ -48,14 +49,16 @@ def inspect(
         table.add_row(name, f"{part.parameters / 1e6:,.2f} M parameters, {part.dtype}")
     table.add_row("may be changed", f"{len(attention)} attention projections of the UNet (--protect attention)")
     for notice in found.notices:
-        table.add_row("notice", notice)
+        table.add_row("notice", escape(notice))
     made = found.provenance
     if made is None:
         table.add_row("provenance", "not made by imma")
     else:
         attacks = ", ".join(a["name"] for a in made.get("attacks", []))
         concepts = ", ".join(c["name"] for c in made.get("concepts", []))
-        table.add_row("provenance", f"imma {made.get('version')}: hardened for {concepts} against {attacks}")
+        table.add_row(
+            "provenance", f"imma {made.get('version')}: hardened for {escape(concepts)} against {escape(attacks)}"
+        )
         table.add_row("", f"from sha256 {made.get('input_sha256')}, seed {made.get('settings', {}).get('seed')}")
     out.print(table)
 

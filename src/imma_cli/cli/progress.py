@@ -61,6 +61,8 @@ class Course:
 def course(title: str, total: int, *, quiet: bool) -> Iterator[Callable[..., None]]:
     """Gives a function to report progress with; shows nothing where *quiet* or where nobody watches."""
     if quiet or not err.is_terminal:
+        if not quiet:
+            err.print(f"{title} ({total}) ...", markup=False)
         yield lambda done, **values: None
         return
     shown = Course(title, total)

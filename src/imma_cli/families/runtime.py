@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from imma_cli.errors import ImmaError
 
@@ -29,6 +31,11 @@ class Runtime:
     def autocast(self) -> AbstractContextManager[object]:
         """The mixed precision that losses are computed in; weights and optimizer states stay float32."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def forward(self, loss_of: Callable[[], Tensor]) -> Tensor:
+        """The loss in mixed precision. Autocast is left at once: its copies of weights would outlive an optimizer's step."""
+        with self.autocast():
+            return loss_of()
 
     def apply(self, model: Model, *, gradient_checkpointing: bool = False) -> Model:
         """Move *model* and switch its attention."""
@@ -67,6 +74,8 @@ def choose_runtime(device: str = "auto", attention: Attention = "auto", precisio
         reasons.append("--attention xformers: xformers is not installed (pip install xformers)")
     if attention == "xformers" and kind != "cuda":
         reasons.append("--attention xformers: it works on CUDA devices only; use sdpa on a CPU")
+    if attention == "xformers" and not reasons and not _xformers_works(device):
+        reasons.append("--attention xformers: the installed xformers does not work with this PyTorch or GPU; use sdpa")
     if precision == "bf16" and kind == "cuda" and cuda and not torch.cuda.is_bf16_supported():
         reasons.append("--precision bf16: this GPU does not compute in bfloat16")
     if reasons:

@@ -72,9 +72,10 @@ class Turn:
     batches: Iterator[Batch]
     outer_learning_rate: float
     cycles: int
+    runtime: Runtime
 
     def loss(self) -> Tensor:
-        return self.attack.loss(self.model, next(self.batches))
+        return self.runtime.forward(lambda: self.attack.loss(self.model, next(self.batches)))
 
 
 def immunize(
@@ -95,8 +96,8 @@ def immunize(
     result = Immunized({})
     try:
         with ExitStack() as stack:
-            turns = _attach_all(stack, model, attacks, concepts, settings, protected)
-            for step in _alternate(turns, list(protected.values()), settings, runtime):
+            turns = _attach_all(stack, model, attacks, concepts, settings, protected, runtime)
+            for step in _alternate(turns, list(protected.values()), settings):
                 result.steps.append(step)
                 on_step(step)
             # an attack that trains in place puts the old weights back when it is detached: take the new ones first
@@ -108,18 +109,15 @@ def immunize(
     return result
 
 
-def _alternate(
-    turns: Sequence[Turn], protected: Sequence[nn.Parameter], settings: ImmunizerSettings, runtime: Runtime
-) -> Iterator[Step]:
+def _alternate(turns: Sequence[Turn], protected: Sequence[nn.Parameter], settings: ImmunizerSettings) -> Iterator[Step]:
     """The loop itself. Which step is whose follows from the cycle alone, never from the length of an epoch."""
     outer = adamw(protected, turns[0].outer_learning_rate, maximize=True)
     cycles = sum(turn.cycles for turn in turns)
     order = [turn for cycle in range(max(t.cycles for t in turns)) for turn in turns if cycle < turn.cycles]
     for cycle, turn in enumerate(order):
-        with runtime.autocast():
-            inner_loss = turn.attacker.step(turn.loss) if settings.method == "imma" else None
-            outer.param_groups[0]["lr"] = turn.outer_learning_rate
-            outer_loss = gradient_step(outer, protected, turn.loss, turn.attacker.max_grad_norm)
+        inner_loss = turn.attacker.step(turn.loss) if settings.method == "imma" else None
+        outer.param_groups[0]["lr"] = turn.outer_learning_rate
+        outer_loss = gradient_step(outer, protected, turn.loss, turn.attacker.max_grad_norm)
         yield Step(cycle + 1, cycles, turn.attack.name, turn.concept.name, inner_loss, outer_loss)
 
 
@@ -130,6 +128,7 @@ def _attach_all(
     concepts: Sequence[Concept],
     settings: ImmunizerSettings,
     protected: dict[str, nn.Parameter],
+    runtime: Runtime,
 ) -> list[Turn]:
     kept = {id(weight) for weight in protected.values()}
     turns: list[Turn] = []
@@ -151,8 +150,9 @@ def _attach_all(
                     shared,
                     Attacker(parameters, rates),
                     iter(batches),
-                    settings.outer_learning_rate or rates.outer_learning_rate,
+                    rates.outer_learning_rate if settings.outer_learning_rate is None else settings.outer_learning_rate,
                     max(1, (settings.steps or rates.steps) // 2),
+                    runtime,
                 )
             )
     return turns

@@ -9,6 +9,9 @@ from typing import Any
 
 from imma_cli.verification.trials import Point, Trial, steps_to_reach
 
+SMALLEST_GAIN = 0.01
+"""Share of its first loss that an attack must gain on the original before it counts as one that works."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -24,7 +27,7 @@ class Comparison:
     hardened_steps: float | None
     """Steps to *halfway*; None where it was not reached within the budget."""
     worked: bool
-    """Whether the attack lowered the loss on the original at all. If not, it says nothing."""
+    """Whether the attack clearly lowered the loss on the original. If not, it says nothing."""
 
     @property
     def delay(self) -> float | None:
@@ -48,8 +51,8 @@ class Comparison:
 
 def compare(trials: Sequence[Trial]) -> list[Comparison]:
     """One comparison for each attack, in the order the trials name them."""
-    names = list(dict.fromkeys(trial.attack["name"] for trial in trials))
-    return [_compare(name, [t for t in trials if t.attack["name"] == name]) for name in names]
+    names = list(dict.fromkeys(trial.attack["spec"] for trial in trials))
+    return [_compare(name, [t for t in trials if t.attack["spec"] == name]) for name in names]
 
 
 def _compare(name: str, trials: Sequence[Trial]) -> Comparison:
@@ -64,7 +67,7 @@ def _compare(name: str, trials: Sequence[Trial]) -> Comparison:
         halfway=halfway,
         original_steps=steps_to_reach(original, halfway),
         hardened_steps=steps_to_reach(hardened, halfway),
-        worked=original[-1].loss < original[0].loss,
+        worked=original[0].loss - original[-1].loss > SMALLEST_GAIN * original[0].loss,
     )
 
 

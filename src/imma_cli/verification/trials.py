@@ -24,6 +24,9 @@ BUDGET_POINTS = (0.0, 0.1, 0.25, 0.5, 1.0)
 DRAWS = 4
 """How often every judging picture is noised: at as many stretches of the noise schedule, with fixed noise."""
 
+ATTACKER_SEEDS = 1 << 32
+"""Added to a trial's seed, so that no attacker starts from the parameters and the noise that hardening simulated."""
+
 Which = Literal["original", "hardened"]
 
 
@@ -79,10 +82,11 @@ def run_trial(
     looks = set(points_of(steps) if points is None else points)
     measured: list[Point] = []
     latents, judged = encode(model, concept.images), encode(model, judge.images)
-    with attack.attach(model, concept, seed) as parameters:
+    own = ATTACKER_SEEDS + seed
+    with attack.attach(model, concept, own) as parameters:
         rates = attack.rates(model)
         attacker = Attacker(parameters, rates)
-        batches = iter(TrainingSet(model, attack, concept, latents, seed=seed, batch_size=batch_size))
+        batches = iter(TrainingSet(model, attack, concept, latents, seed=own, batch_size=batch_size))
         # the judging noise is the same for every seed: it is the yardstick, not a part of the trial
         probes = _probes(TrainingSet(model, attack, judge, judged, seed=12345))
         for step in range(steps + 1):
@@ -90,8 +94,7 @@ def run_trial(
                 measured.append(Point(step, _judge(attack, model, probes, runtime)))
                 on_point(step, model)
             if step < steps:
-                with runtime.autocast():
-                    loss = attacker.step(lambda: attack.loss(model, next(batches)))
+                loss = attacker.step(lambda: runtime.forward(lambda: attack.loss(model, next(batches))))
                 on_step(step + 1, loss)
     return Trial(which, record(attack), concept.name, seed, steps, rates.learning_rate, tuple(measured))
 
