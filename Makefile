@@ -22,17 +22,24 @@ help:
 	@echo "make clean   remove everything that make made"
 	@echo "PYTHON=... chooses the Python (3.11 to 3.13) that $(VENV) is made with"
 
-demo: $(VENV)/installed
-	imma demo demo --force
-	imma harden demo/model.safetensors --concept "high contrast style" \
-	  --images $(STYLE)/defend --attack lora \
-	  --output demo/model-immunized.safetensors --force
-	imma verify demo/model-immunized.safetensors --against demo/model.safetensors \
-	  --concept "high contrast style" --attack lora \
-	  --images $(STYLE)/attack \
-	  --judge $(STYLE)/judge
+demo: demo/verified.txt
+	@cat demo/verified.txt
 	@echo
-	@echo "These are ordinary commands: type '. $(VENV)/bin/activate', and imma is there."
+	@echo "These are ordinary commands: type '. $(VENV)/bin/activate', and imma is there. 'make clean' starts over."
+
+demo/model.safetensors: | $(VENV)/installed
+	imma demo demo --force
+
+demo/model-immunized.safetensors: demo/model.safetensors
+	imma harden demo/model.safetensors --concept "high contrast style" \
+	  --images $(STYLE)/defend --attack lora --output $@ --force
+
+demo/verified.txt: demo/model-immunized.safetensors
+	@rm -rf demo/report
+	imma verify demo/model-immunized.safetensors --against demo/model.safetensors \
+	  --concept "high contrast style" --images $(STYLE)/attack --judge $(STYLE)/judge \
+	  --attack lora --report demo/report > $@.part
+	@mv $@.part $@
 
 test: $(VENV)/installed-dev
 	python -m pytest

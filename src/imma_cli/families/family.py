@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -13,8 +12,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from imma_cli.families.model import Model
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 class Family(ABC):
