@@ -52,7 +52,9 @@ class DreamBoothLoss(Attack):
         self._prior = None
         if self.settings.prior_weight:
             noun = self.settings.class_noun or concept.name
-            drawn = draw_concept(model, f"a {noun}", role="attack", seed=seed, count=self.settings.prior_images)
+            drawn = draw_concept(
+                model, f"a {noun}", role="attack", seed=seed % 1_000_000, count=self.settings.prior_images
+            )
             self._prior = encode(model, drawn.images), conditioning_of(model, [f"a {noun}"])
 
     def loss(self, model: Model, batch: Batch) -> Tensor:

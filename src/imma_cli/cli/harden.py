@@ -48,8 +48,10 @@ def harden(
         float | None, typer.Option(help="Rate of the immunizing steps. Default: the attack's preset's.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in a step.")] = 1,
-    draw: Annotated[int, typer.Option(min=1, help="How many pictures the model draws without --images.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Same seed, same weights.")] = 0,
+    draw: Annotated[
+        int, typer.Option(min=1, max=1000, help="How many pictures the model draws without --images.")
+    ] = 20,
+    seed: Annotated[int, typer.Option(min=0, max=1_000_000, help="Same seed, same weights.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     attention: Annotated[
         Literal["auto", "xformers", "sdpa"], typer.Option(help="Attention kernel; auto takes xformers on a GPU.")

@@ -44,7 +44,7 @@ def verify(
     seeds: Annotated[int, typer.Option(min=1, help="Trials for each attack and model.")] = 2,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in a step.")] = 1,
     draw: Annotated[
-        int, typer.Option(min=2, help="How many pictures the model draws for each side without --images.")
+        int, typer.Option(min=2, max=1000, help="How many pictures the model draws for each side without --images.")
     ] = 20,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     attention: Annotated[Literal["auto", "xformers", "sdpa"], typer.Option(help="Attention kernel.")] = "auto",

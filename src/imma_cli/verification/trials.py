@@ -24,8 +24,12 @@ BUDGET_POINTS = (0.0, 0.1, 0.25, 0.5, 1.0)
 DRAWS = 4
 """How often every judging picture is noised: at as many stretches of the noise schedule, with fixed noise."""
 
-ATTACKER_SEEDS = 1 << 32
-"""Added to a trial's seed, so that no attacker starts from the parameters and the noise that hardening simulated."""
+ATTACKER_SEEDS = 3_000_000_000
+"""Added to a trial's seed, so that no attacker starts from the parameters and the noise that hardening simulated.
+
+Hardening's seeds stay below (imma harden allows 0 to 1,000,000, times 1,000), and the sum below 2³²: torch's CPU generator
+takes no more than 32 bits of a seed.
+"""
 
 Which = Literal["original", "hardened"]
 
