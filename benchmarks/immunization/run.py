@@ -143,7 +143,7 @@ def check_file(original: Path, hardened: Path) -> dict[str, Any]:
     changed = [name for name in blocks[0] if blocks[0][name] != blocks[1][name]]
     attention = re.compile(r"\.attn[12]\.to_(q|k|v|out\.0)\.")
     return {
-        "draws_in_plain_diffusers": picture.size == (64, 64) and len(set(picture.getdata())) > 10,
+        "draws_in_plain_diffusers": picture.size == (64, 64) and len(picture.getcolors(4096) or range(4096)) > 10,
         "same_keys_in_same_order": list(a.entries) == list(b.entries),
         "same_dtypes_and_shapes": [(e.dtype, e.shape) for e in a.entries.values()]
         == [(e.dtype, e.shape) for e in b.entries.values()],

@@ -63,7 +63,7 @@ class TextualInversion(Attack):
     trains_text = True
     presets: ClassVar = {
         "paper": Preset(learning_rate=5e-4, outer_learning_rate=1e-6, steps=1000, max_grad_norm=None),
-        "small": Preset(learning_rate=5e-3, outer_learning_rate=1e-4, steps=600, max_grad_norm=None),
+        "small": Preset(learning_rate=5e-3, outer_learning_rate=2e-5, steps=600, max_grad_norm=None),
     }
 
     @property
