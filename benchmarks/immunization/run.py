@@ -83,6 +83,7 @@ def harden(folder: Path, attack: str, concept: str, output: Path) -> dict[str, A
         raise SystemExit(f"{' '.join(command)} failed")
     report = json.loads(printed)
     provenance = report.pop("provenance")
+    del report["output"]  # a temporary path
     return report | {
         "case": f"{attack} / {concept}",
         "seconds": time.monotonic() - began,
