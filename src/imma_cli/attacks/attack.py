@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from imma_cli.concepts.concept import Concept
     from imma_cli.families.model import Model
 
-SMALL_MODEL = 100_000_000
-"""UNets with fewer parameters than this train at the higher rates of the preset ``small``."""
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -88,8 +85,7 @@ class Attack(ABC):
         """The preset that applies to *model*, with the settings' own rate where one is given."""
         preset = self.settings.preset
         if preset == "auto":
-            size = sum(p.numel() for p in model.unet.parameters())
-            preset = "small" if size < SMALL_MODEL else "paper"
+            preset = "small" if model.is_small else "paper"
         if preset not in self.presets:
             raise ImmaError(
                 f"The attack {self.name} has no preset {preset!r}.",

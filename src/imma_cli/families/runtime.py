@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ class Runtime:
     def apply(self, model: Model, *, gradient_checkpointing: bool = False) -> Model:
         """Move *model* and switch its attention."""
         model.to(self.device)
+        if self.device == "cpu" and model.is_small and "OMP_NUM_THREADS" not in os.environ:
+            # in layers this narrow threads wait for each other longer than they compute (benchmarks/threads.py)
+            torch.set_num_threads(1)
         if self.attention == "xformers":
             model.unet.enable_xformers_memory_efficient_attention()
         if gradient_checkpointing:
