@@ -58,6 +58,24 @@ def test_bad_folders_are_refused_with_every_reason(tmp_path: Path) -> None:
         read_concept("x", folder)
 
 
+def test_captions_may_name_pictures_in_subfolders_and_nothing_outside(tmp_path: Path) -> None:
+    folder = paint(tmp_path / "c", "1.png")
+    paint(folder / "more", "2.png")
+    (folder / "metadata.csv").write_text("file_name,text\n1.png,one\nmore/2.png,two\n")
+    assert read_concept("x", folder).captions == ("one", "two")
+    (folder / "metadata.csv").write_text("file_name,text\n../c/1.png,one\n")
+    with pytest.raises(ImmaError, match="outside the folder"):
+        read_concept("x", folder)
+
+
+def test_a_thousand_mistakes_of_one_kind_stay_readable(tmp_path: Path) -> None:
+    folder = paint(tmp_path / "d", "1.png")
+    (folder / "metadata.csv").write_text("file_name,text\n" + "1.png,again\n" * 1000)
+    with pytest.raises(ImmaError, match="and 991 more") as caught:
+        read_concept("x", folder)
+    assert len(caught.value.reasons) < 12
+
+
 def test_drawn_pictures_of_the_roles_never_share_a_seed() -> None:
     seeds = [set(drawing_seeds(role, seed, 500)) for role in ROLES for seed in (0, 1, 7)]  # type: ignore[arg-type]
     assert sum(len(s) for s in seeds) == len(set().union(*seeds))

@@ -19,6 +19,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -33,6 +34,8 @@ from diffusers.training_utils import compute_snr
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from imma_cli.checkpoints import open_checkpoint
 
 CONFIG = Path(__file__).parents[2] / "src" / "imma_cli" / "families" / "configs" / "demo"
 LATENT_STD = 1 / 0.18215  # SD 1.x's scaling factor is folded into the autoencoder, so its configuration fits
@@ -209,42 +212,96 @@ def fold_scale(vae: AutoencoderKL, pictures: Tensor) -> None:
     vae.post_quant_conv.weight /= factor
 
 
-def decoder_loss(vae: AutoencoderKL, pictures: Tensor, batch: int) -> Callable[[nn.ModuleDict], Tensor]:
+class PatchDiscriminator(nn.Module):
+    """Tells real from decoded patches of 26 × 26 pixels; returns every layer's output, the logits last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = [(3, 32, 4, 2), (32, 64, 4, 2), (64, 64, 3, 1), (64, 1, 3, 1)]  # in, out, kernel, stride
+        self.layers = nn.ModuleList(
+            nn.utils.parametrizations.spectral_norm(nn.Conv2d(i, o, k, s, padding=1)) for i, o, k, s in shapes
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outputs = []
+        for layer in self.layers:
+            x = layer(x)
+            outputs.append(x)
+            x = F.leaky_relu(x, 0.2)
+        return outputs
+
+
+def decoder_loss(
+    vae: AutoencoderKL, denoised: Callable[[list[int]], Tensor], seen: Tensor, pictures: Tensor, batch: int
+) -> Callable[[nn.ModuleDict], Tensor]:
     """For the decoder alone, while the latents stay what the UNet has learned.
 
-    The latents get a little noise: what the UNet draws is never exactly what the encoder would have given.
+    Most of its inputs are what the UNet makes of noised latents: what the UNet draws is never exactly what the encoder
+    would have given. The rest are any pictures, for the held-out style and objects. A discriminator, trained along in
+    the same step, keeps the decoder from averaging flat colour, gradient and edge into the same soft blob.
     """
+    order = iter_shuffled(len(seen))
 
     def loss_of(modules: nn.ModuleDict) -> Tensor:
-        chosen = pictures[torch.randint(len(pictures), (batch,))]
-        half = batch // 2
-        x = torch.cat([chosen[:half], augmented(chosen[half:])])
+        other = batch // 3
+        rows = [next(order) for _ in range(batch - other)]
+        extra = augmented(pictures[torch.randint(len(pictures), (other,))])
         with torch.no_grad():
-            latents = vae.encode(x).latent_dist.sample()
-            latents = latents + 0.1 * LATENT_STD * torch.rand(batch, 1, 1, 1) * torch.randn_like(latents)
+            coded = vae.encode(extra).latent_dist.sample()
+            coded = coded + 0.1 * LATENT_STD * torch.rand(other, 1, 1, 1) * torch.randn_like(coded)
+            latents = torch.cat([denoised(rows), coded])
+        x = torch.cat([seen[rows], extra])
         y = modules["decoder"](modules["post_quant_conv"](latents))
         pixel = (y - x).abs().mean()
         edges = (y.diff(dim=-1) - x.diff(dim=-1)).abs().mean() + (y.diff(dim=-2) - x.diff(dim=-2)).abs().mean()
-        return pixel + 2 * edges
+
+        judge = modules["discriminator"]
+        real, fake = judge(x), judge(y.detach())
+        judged = F.relu(1 - real[-1]).mean() + F.relu(1 + fake[-1]).mean()
+        judge.requires_grad_(False)  # the decoder's share must not train the discriminator
+        fake = judge(y)
+        judge.requires_grad_(True)
+        matching = torch.stack([(f - r.detach()).abs().mean() for f, r in zip(fake[:-1], real[:-1], strict=True)])
+        return pixel + edges + matching.mean() - 0.02 * fake[-1].mean() + judged
 
     return loss_of
+
+
+def seen_pictures(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([arrays[f"seen/{p}"] for p in STYLES])
+
+
+@torch.no_grad()
+def save_vae(work: Path, vae: AutoencoderKL, arrays: dict[str, np.ndarray]) -> None:
+    """The autoencoder, and the latents the UNet learns from. The autoencoder last: its file says the stage is done."""
+    posteriors = [vae.encode(x).latent_dist for x in as_tensor(seen_pictures(arrays)).split(64)]
+    mean, std = (torch.cat([getattr(p, name) for p in posteriors]).contiguous() for name in ("mean", "std"))
+    save_file({"mean": mean, "std": std}, work / "latents.safetensors")
+    save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, work / "vae.safetensors")
+
+
+def unpack(checkpoint: Path, work: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Make *checkpoint* the state to go on from: its autoencoder is kept, its UNet and text encoder are trained further."""
+    model = open_checkpoint(checkpoint).load()
+    for part in ("unet", "text_encoder"):
+        weights = {k: v.contiguous() for k, v in model.networks[part].state_dict().items()}
+        save_file(weights, work / f"{part}.start.safetensors")
+    save_vae(work, model.vae, arrays)
 
 
 # ---------------------------------------------------------------- text encoder and UNet
 
 
+def token_ids() -> Callable[[str], Tensor]:
+    tokenizer = CLIPTokenizer.from_pretrained(CONFIG / "tokenizer")
+    return cache(lambda text: tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids[0])
+
+
 def diffusion_loss(
     mean: Tensor, std: Tensor, index: list[tuple[str, str]], batch: int
 ) -> Callable[[nn.ModuleDict], Tensor]:
-    tokenizer = CLIPTokenizer.from_pretrained(CONFIG / "tokenizer")
     scheduler = DDPMScheduler.from_pretrained(CONFIG / "scheduler")
-    cache: dict[str, Tensor] = {}
-
-    def ids(text: str) -> Tensor:
-        if text not in cache:
-            cache[text] = tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids[0]
-        return cache[text]
-
+    ids = token_ids()
     order = iter_shuffled(len(index))
 
     def loss_of(modules: nn.ModuleDict) -> Tensor:
@@ -264,6 +321,27 @@ def diffusion_loss(
     return loss_of
 
 
+def denoised_latents(
+    networks: nn.ModuleDict, mean: Tensor, std: Tensor, index: list[tuple[str, str]]
+) -> Callable[[list[int]], Tensor]:
+    """The pictures' latents, noised (signal-to-noise ratio above 1.3) and denoised by the UNet in one step."""
+    scheduler = DDPMScheduler.from_pretrained(CONFIG / "scheduler")
+    ids = token_ids()
+
+    @torch.no_grad()
+    def denoised(rows: list[int]) -> Tensor:
+        latents = (mean[rows] + std[rows] * torch.randn_like(mean[rows])) * 0.18215
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, 300, (len(rows),))
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        hidden = networks["text_encoder"](torch.stack([ids(caption(*index[r], random)) for r in rows]))[0]
+        predicted = networks["unet"](noisy, timesteps, hidden).sample
+        alpha = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return (noisy - (1 - alpha).sqrt() * predicted) / alpha.sqrt() / 0.18215
+
+    return denoised
+
+
 def iter_shuffled(n: int) -> Iterator[int]:
     while True:
         yield from random.sample(range(n), n)
@@ -279,7 +357,7 @@ def worker(rank: int, world: int, args: argparse.Namespace) -> None:
     arrays = dict(np.load(work / "artwork.npz"))
     torch.manual_seed(0)
     vae = from_config(AutoencoderKL, "vae").to(memory_format=torch.channels_last)
-    vae_file, latents_file = work / "vae.safetensors", work / "latents.safetensors"
+    vae_file = work / "vae.safetensors"
     if not vae_file.exists():
         pictures = as_tensor(np.concatenate(list(arrays.values())))
         stage = nn.ModuleDict({"vae": vae})
@@ -288,20 +366,10 @@ def worker(rank: int, world: int, args: argparse.Namespace) -> None:
         )
         if rank == 0:
             vae = averaged["vae"].eval()
-            seen = as_tensor(np.concatenate([arrays[f"seen/{p}"] for p in STYLES]))
-            fold_scale(vae, seen)
-            with torch.no_grad():
-                posteriors = [vae.encode(x).latent_dist for x in seen.split(64)]
-            save_file(
-                {
-                    "mean": torch.cat([p.mean for p in posteriors]).contiguous(),
-                    "std": torch.cat([p.std for p in posteriors]).contiguous(),
-                },
-                latents_file,
-            )
-            save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, vae_file)
+            fold_scale(vae, as_tensor(seen_pictures(arrays)))
+            save_vae(work, vae, arrays)
         dist.barrier()
-    latents = load_file(latents_file)
+    latents = load_file(work / "latents.safetensors")
     art = Artwork(work / "npm")
     index = [(name, package) for package in STYLES for name in art.seen]
     torch.manual_seed(1)
@@ -309,21 +377,29 @@ def worker(rank: int, world: int, args: argparse.Namespace) -> None:
     stage = nn.ModuleDict(
         {"text_encoder": CLIPTextModel(text_config), "unet": from_config(UNet2DConditionModel, "unet")}
     )
+    for part in stage:
+        if (start := work / f"{part}.start.safetensors").exists():
+            stage[part].load_state_dict(load_file(start))
     loss_of = diffusion_loss(latents["mean"], latents["std"], index, args.batch // world)
     averaged = run_stage("unet", work, args.unet_minutes, stage, loss_of, args.learning_rate, 0.9995)
     if rank == 0:
         for part in averaged:
             save_file({k: v.contiguous() for k, v in averaged[part].state_dict().items()}, work / f"{part}.safetensors")
     dist.barrier()
+    for part in stage:
+        stage[part].load_state_dict(load_file(work / f"{part}.safetensors"))
+    denoised = denoised_latents(stage.eval().requires_grad_(False), latents["mean"], latents["std"], index)
     vae.load_state_dict(load_file(vae_file))
     vae.requires_grad_(False)
     stage = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
-    pictures = as_tensor(np.concatenate(list(arrays.values())))
-    loss_of = decoder_loss(vae, pictures, 16 // world)
+    torch.manual_seed(2)
+    stage["discriminator"] = PatchDiscriminator().to(memory_format=torch.channels_last)
+    seen, pictures = as_tensor(seen_pictures(arrays)), as_tensor(np.concatenate(list(arrays.values())))
+    loss_of = decoder_loss(vae, denoised, seen, pictures, 16 // world)
     averaged = run_stage("decoder", work, args.decoder_minutes, stage, loss_of, 1e-3, 0.999)
     if rank == 0:
         weights = load_file(vae_file)
-        for part in averaged:
+        for part in ("decoder", "post_quant_conv"):
             weights.update({f"{part}.{k}": v.contiguous() for k, v in averaged[part].state_dict().items()})
         save_file(weights, work / "vae-final.safetensors")
     dist.barrier()
@@ -333,6 +409,7 @@ def worker(rank: int, world: int, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--continue-from", type=Path, help="a demo model: keep its autoencoder, train the rest further")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--vae-minutes", type=float, default=17)
     parser.add_argument("--unet-minutes", type=float, default=97)
@@ -341,7 +418,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    draw_all(args.work)
+    arrays = draw_all(args.work)
+    if args.continue_from and not (args.work / "vae.safetensors").exists():
+        unpack(args.continue_from, args.work, arrays)
     (args.work / "rendezvous").unlink(missing_ok=True)
     torch.multiprocessing.spawn(worker, (args.processes, args), nprocs=args.processes)
 

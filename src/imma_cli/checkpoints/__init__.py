@@ -1,6 +1,6 @@
 """Bytes on disk and a loaded model: detect, read, write back in the same layout, with provenance.
 
-Opening a checkpoint reads headers only and imports no torch, so that refusals are quick.
+Opening a checkpoint reads headers only, no weights, so that refusals are quick.
 """
 
 from __future__ import annotations

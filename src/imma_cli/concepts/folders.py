@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -27,26 +28,37 @@ def read_concept(name: str, folder: Path) -> Concept:
         )
     reasons: list[str] = []
     captions = _captions(folder, reasons)
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-    if captions is not None:
-        missing = sorted(set(captions) - {p.name for p in paths})
-        reasons += [f"the captions name {m}, which is not there" for m in missing[:8]]
-        if len(missing) > 8:
-            reasons.append(f"... and {len(missing) - 8} more pictures that are not there")
-        paths = [p for p in paths if p.name in captions]
+    if captions is None:
+        names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    else:
+        outside = {n for n in captions if Path(n).is_absolute() or ".." in Path(n).parts}
+        missing = {n for n in captions if n not in outside and not (folder / n).is_file()}
+        reasons += _first(f"the captions name {n}, which lies outside the folder" for n in sorted(outside))
+        reasons += _first(f"the captions name {n}, which is not there" for n in sorted(missing))
+        names = sorted(set(captions) - outside - missing)
+    paths = [folder / name for name in names]
     if not paths and not reasons:
         reasons.append(f"it holds no picture ({', '.join(sorted(s[1:] for s in SUFFIXES))})")
     images: list[Image.Image] = []
+    unreadable: list[str] = []
     for path in paths:
         try:
             with Image.open(path) as opened:
                 images.append(_on_white(ImageOps.exif_transpose(opened)))
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError, ValueError) as error:
-            reasons.append(f"{path.name} cannot be read: {error}")
+            unreadable.append(f"{path.name} cannot be read: {error}")
+    reasons += _first(unreadable)
     if reasons:
         raise ImmaError(f"The pictures in {folder} cannot be used.", reasons)
-    texts = tuple((captions or {}).get(p.name, "") or name for p in paths)
+    texts = tuple((captions or {}).get(n, "") or name for n in names)
     return Concept(name, tuple(images), texts, folder.resolve().name)
+
+
+def _first(reasons: Iterable[str], count: int = 8) -> list[str]:
+    """The first *count* of many reasons of one kind, and how many more there are."""
+    listed = list(reasons)
+    more = [f"... and {len(listed) - count} more like this"] if len(listed) > count else []
+    return listed[:count] + more
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -77,17 +89,19 @@ def _captions(folder: Path, reasons: list[str]) -> dict[str, str] | None:
         reasons.append(f"{path.name} cannot be read: {error}")
         return None
     captions: dict[str, str] = {}
+    wrong: list[str] = []
     for number, row in enumerate(rows, start=1):
         if (
             not isinstance(row, dict)
             or not isinstance(row.get("file_name"), str)
             or not isinstance(row.get("text"), str)
         ):
-            reasons.append(f"{path.name}: entry {number} has no file_name or no text")
+            wrong.append(f"{path.name}: entry {number} has no file_name or no text")
         elif row["file_name"] in captions:
-            reasons.append(f"{path.name}: {row['file_name']} is named twice")
+            wrong.append(f"{path.name}: {row['file_name']} is named twice")
         else:
             captions[row["file_name"]] = row["text"].strip()
+    reasons += _first(wrong)
     if not rows:
         reasons.append(f"{path.name} names no picture")
     return captions

@@ -42,8 +42,8 @@ def content_features(images: Sequence[Image.Image]) -> Tensor:
     return torch.cat(batches) if batches else torch.empty(0, CONTENT_SIZE)
 
 
-def style_features(images: Sequence[Image.Image]) -> Tensor:
-    """How the pictures are drawn: means and standard deviations over space of the early layers' channels, [N, D].
+def style_features(images: Sequence[Image.Image], blocks: int = EARLY_BLOCKS) -> Tensor:
+    """How the pictures are drawn: means and standard deviations over space of the channels of the first *blocks*, [N, D].
 
     Where something is depicted is averaged away, as in the statistics that arXiv 1701.01036 shows to carry style.
 
@@ -54,7 +54,7 @@ def style_features(images: Sequence[Image.Image]) -> Tensor:
     for pixels in _batches(images):
         hidden = network._swish(network._bn0(network._conv_stem(pixels)))  # [B, 32, 112, 112]
         statistics = [_statistics(hidden)]
-        for block in network._blocks[:EARLY_BLOCKS]:
+        for block in network._blocks[:blocks]:
             hidden = block(hidden)
             statistics.append(_statistics(hidden))
         batches.append(torch.cat(statistics, 1))
