@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from imma_cli.attacks import Choice, Preset
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import describe, parse_attacks, record
 from imma_cli.attacks.training import Attacker
@@ -31,6 +32,8 @@ SPECS = [
     "dreambooth",
     "dreambooth:prior_weight=1,prior_images=2",
     "dreambooth-lora:token=zwx,class_noun=cat",
+    "lora:targets=everything,optimizer=radam,schedule=cosine,warmup=0.2",
+    "lora:targets=cross-attention,optimizer=adafactor",
     "textual-inversion",
     "textual-inversion:tokens=3,initializer=cat",
 ]
@@ -52,7 +55,7 @@ def test_an_attack_learns_and_leaves_no_trace(tiny_model: Model, spec: str) -> N
     with pytest.raises(RuntimeError, match="in the middle"), attack.attach(model, CONCEPT, 0) as parameters:
         stream = iter(TrainingSet(model, attack, CONCEPT, encode(model, CONCEPT.images), seed=0))
         batch = next(stream)
-        attacker = Attacker(parameters, attack.rates(model))
+        attacker = Attacker(parameters, attack.rates(model), attack.settings, 12)
         losses = [attacker.step(lambda: attack.loss(model, batch)) for _ in range(12)]
         assert losses[-1] < losses[0]
         raise RuntimeError("in the middle")
@@ -86,6 +89,53 @@ def test_what_attackers_write_below_the_pictures() -> None:
         "a dog in <imma-0> <imma-1>",
         "an image of <imma-0> <imma-1>",
     ]
+
+
+def test_lora_can_do_without_the_name_of_the_concept() -> None:
+    nameless, token = parse_attacks(["lora:captions=nameless", "lora:captions=token,token=zwx"], REGISTRY)
+    assert [nameless.caption(CONCEPT, c) for c in CONCEPT.captions] == ["a cat", "a dog", ""]
+    assert [token.caption(CONCEPT, c) for c in CONCEPT.captions] == ["a cat in zwx", "a dog in zwx", "zwx"]
+    assert nameless.caption(CONCEPT, "a fish") == "a fish"
+    assert token.caption(CONCEPT, "a fish") == "a fish, zwx"
+
+
+def test_where_matrices_go_follows_the_targets(tiny_model: Model) -> None:
+    counts = {}
+    for targets in ("cross-attention", "attention", "transformer", "everything"):
+        (attack,) = parse_attacks([f"lora:targets={targets}"], REGISTRY)
+        with attack.attach(tiny_model, CONCEPT, 0) as parameters:
+            counts[targets] = len(parameters)
+            assert targets != "cross-attention" or all(".attn2." in name for name in parameters)
+    assert list(counts.values()) == sorted(set(counts.values()))
+
+
+def test_every_value_of_every_search_space_can_be_set(tiny_model: Model) -> None:
+    for found in REGISTRY.found.values():
+        for name, space in found.attack.search.items():
+            if isinstance(space, Choice):
+                for option in space.options:
+                    (attack,) = parse_attacks([f"{found.attack.name}:{name}={option}"], REGISTRY)
+                    assert getattr(attack.settings, name) == option
+            else:
+                assert space.low < space.high
+
+
+def test_the_rate_follows_its_schedule_and_the_pictures_their_number() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    (attack,) = parse_attacks(["lora:schedule=linear,warmup=0.5"], REGISTRY)
+    attacker = Attacker({"p": parameter}, Preset(1.0, 1.0, 8), attack.settings, 8)
+    rates = []
+    for _ in range(8):
+        rates.append(attacker.optimizer.param_groups[0]["lr"])
+        attacker.step(lambda: parameter.square().sum())
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25])
+    with pytest.raises(ValueError, match="number of steps"):
+        Attacker({"p": parameter}, Preset(1.0, 1.0, 8), attack.settings)
+    some = CONCEPT.sample(2, seed=0)
+    assert some == CONCEPT.sample(2, seed=0)
+    assert len(some.images) == len(some.captions) == 2
+    assert len({CONCEPT.sample(2, seed=s).hashes for s in range(20)}) > 1
+    assert CONCEPT.sample(0, seed=0) is CONCEPT.sample(9, seed=0) is CONCEPT
 
 
 def test_new_tokens_are_one_token_each(tiny_model: Model) -> None:

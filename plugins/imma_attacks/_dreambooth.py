@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from imma_cli.attacks import Attack, AttackSettings
+from imma_cli.attacks import COMMON_SEARCH, Attack, AttackSettings, Choice, Space
 from imma_cli.concepts.batches import Batch, Latents, conditioning_of, encode
 from imma_cli.concepts.concept import Concept
 from imma_cli.concepts.drawing import draw_concept
@@ -35,6 +36,13 @@ class DreamBoothSettings(AttackSettings):
             raise ValueError(f"prior_images must be at least 1, not {self.prior_images}")
         if not self.token.strip():
             raise ValueError("token must not be empty")
+
+
+DREAMBOOTH_SEARCH: Mapping[str, Space] = {
+    **COMMON_SEARCH,
+    "token": Choice(("sks", "zwx", "the")),
+    "prior_weight": Choice((0.0, 0.3, 1.0)),
+}
 
 
 class DreamBoothLoss(Attack):

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from imma_attacks._dreambooth import DreamBoothLoss, DreamBoothSettings
+from imma_attacks._dreambooth import DREAMBOOTH_SEARCH, DreamBoothLoss, DreamBoothSettings
 from imma_cli.attacks import Attack, Preset, hookimpl
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
@@ -22,6 +22,7 @@ class DreamBooth(DreamBoothLoss):
     summary = "all of the UNet learns a rare token, optionally with prior preservation"
     Settings = DreamBoothSettings
     in_place = True
+    search: ClassVar = DREAMBOOTH_SEARCH
     presets: ClassVar = {
         "paper": Preset(learning_rate=5e-6, outer_learning_rate=2e-5, steps=1000),
         "small": Preset(learning_rate=1e-4, outer_learning_rate=1e-4, steps=600),

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from imma_attacks._dreambooth import DreamBoothLoss, DreamBoothSettings
-from imma_attacks._peft import lora_layers
-from imma_cli.attacks import Attack, Preset, hookimpl
+from imma_attacks._dreambooth import DREAMBOOTH_SEARCH, DreamBoothLoss, DreamBoothSettings
+from imma_attacks._peft import TARGETS, Targets, lora_layers
+from imma_cli.attacks import Attack, Choice, Preset, hookimpl
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
 
@@ -22,6 +22,8 @@ class DreamBoothLoraSettings(DreamBoothSettings):
 
     rank: int = 4
     """Rank of the matrices."""
+    targets: Targets = "attention"
+    """Which layers get matrices."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,6 +38,7 @@ class DreamBoothLora(DreamBoothLoss):
     summary = "LoRA on the UNet's attention learns a rare token, optionally with prior preservation"
     Settings = DreamBoothLoraSettings
     settings: DreamBoothLoraSettings
+    search: ClassVar = {**DREAMBOOTH_SEARCH, "rank": Choice((1, 4, 16)), "targets": Choice(tuple(TARGETS))}
     presets: ClassVar = {
         "paper": Preset(learning_rate=5e-6, outer_learning_rate=2e-5, steps=1000),
         "small": Preset(learning_rate=1e-3, outer_learning_rate=1e-4, steps=600),
@@ -44,7 +47,7 @@ class DreamBoothLora(DreamBoothLoss):
     @contextmanager
     def attach(self, model: Model, concept: Concept, seed: int) -> Iterator[dict[str, nn.Parameter]]:
         self.prepare_prior(model, concept, seed)
-        with lora_layers(model.unet, self.settings.rank, seed) as parameters:
+        with lora_layers(model.unet, self.settings.rank, seed, self.settings.targets) as parameters:
             yield parameters
 
 

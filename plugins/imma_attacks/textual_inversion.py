@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from imma_cli.attacks import Attack, AttackSettings, Preset, hookimpl
+from imma_cli.attacks import COMMON_SEARCH, Attack, AttackSettings, Choice, Preset, hookimpl
 from imma_cli.concepts.concept import Concept
 from imma_cli.errors import ImmaError
 from imma_cli.families.model import Model
@@ -61,6 +60,7 @@ class TextualInversion(Attack):
     Settings = TextualInversionSettings
     settings: TextualInversionSettings
     trains_text = True
+    search: ClassVar = {**COMMON_SEARCH, "tokens": Choice((1, 2, 4))}
     presets: ClassVar = {
         "paper": Preset(learning_rate=5e-4, outer_learning_rate=1e-6, steps=1000, max_grad_norm=None),
         "small": Preset(learning_rate=5e-3, outer_learning_rate=2e-5, steps=600, max_grad_norm=None),
@@ -72,8 +72,8 @@ class TextualInversion(Attack):
 
     def caption(self, concept: Concept, caption: str) -> str:
         new = " ".join(self.words)
-        replaced, count = re.subn(rf"(?<!\w){re.escape(concept.name)}(?!\w)", new, caption, flags=re.IGNORECASE)
-        return replaced if count and replaced != new else f"an image of {new}"
+        replaced = concept.renamed(caption, new)
+        return replaced if replaced not in (None, new) else f"an image of {new}"
 
     @contextmanager
     def attach(self, model: Model, concept: Concept, seed: int) -> Iterator[dict[str, nn.Parameter]]:

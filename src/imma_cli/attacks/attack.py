@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from imma_cli.errors import ImmaError
 
@@ -30,6 +30,28 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Range:
+    """Numbers from *low* to *high* that a search may try; integers where both are."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Whether a search should try orders of magnitude alike."""
+    of_preset: bool = False
+    """Whether *low* and *high* are multiples of the preset's value."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Values that a search may try."""
+
+    options: tuple[Any, ...]
+
+
+Space = Range | Choice
+
+
+@dataclass(frozen=True)
 class AttackSettings:
     """Settings of every attack; each attack adds its own."""
 
@@ -37,11 +59,33 @@ class AttackSettings:
     """``paper``: the published rates for full-size models; ``small``: for models like the demo; ``auto``: by size."""
     learning_rate: float | None = None
     """The attacker's rate; overrides the preset's."""
+    optimizer: Literal["adamw", "radam", "adafactor"] = "adamw"
+    """The attacker's optimizer."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate falls: not at all, or to zero at the end."""
+    warmup: float = 0.0
+    """Share of the steps over which the rate first rises from zero."""
+    pictures: int = 0
+    """How many of the pictures the attacker has, picked by the seed; 0: all of them."""
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
         if rate is not None and not (math.isfinite(rate) and rate > 0):
             raise ValueError(f"learning_rate must be a positive number, not {rate:g}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the steps, from 0 to below 1, not {self.warmup:g}")
+        if self.pictures < 0:
+            raise ValueError(f"pictures must not be negative, but is {self.pictures}")
+
+
+COMMON_SEARCH: Mapping[str, Space] = {
+    "learning_rate": Range(0.1, 10, log=True, of_preset=True),
+    "optimizer": Choice(("adamw", "radam", "adafactor")),
+    "schedule": Choice(("constant", "linear", "cosine")),
+    "warmup": Choice((0.0, 0.1, 0.3)),
+    "pictures": Choice((0, 4, 10)),
+}
+"""What a search may vary in every attack."""
 
 
 class Attack(ABC):
@@ -55,6 +99,8 @@ class Attack(ABC):
     paper: ClassVar[str]
     Settings: ClassVar[type[AttackSettings]] = AttackSettings
     presets: ClassVar[Mapping[str, Preset]]
+    search: ClassVar[Mapping[str, Space]] = COMMON_SEARCH
+    """Which settings an attacker would tune, and over what: by the settings' names."""
     trains_text: ClassVar[bool] = False
     """Whether what the prompts are encoded to changes while the attack trains, so that it cannot be computed once."""
     in_place: ClassVar[bool] = False

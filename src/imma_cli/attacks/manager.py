@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 
@@ -104,6 +104,9 @@ def _check(attack: type[Attack]) -> None:
         raise TypeError(f"{attack.__name__}.Settings is no dataclass derived from AttackSettings")
     if not settings.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise TypeError(f"{attack.__name__}.Settings is not frozen")
+    unknown = sorted(set(attack.search) - {field.name for field in fields(settings)})
+    if unknown:
+        raise TypeError(f"{attack.__name__}.search names {', '.join(unknown)}, which {settings.__name__} does not have")
     abstract = sorted(getattr(attack, "__abstractmethods__", ()))
     if abstract:
         raise TypeError(f"{attack.__name__} does not implement {', '.join(abstract)}")

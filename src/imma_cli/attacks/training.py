@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from imma_cli.attacks.attack import AttackSettings
 from imma_cli.errors import ImmaError
 
 if TYPE_CHECKING:
@@ -70,16 +71,52 @@ def gradient_step(
     return value
 
 
-class Attacker:
-    """The parameters φ of an attached attack and their optimizer."""
+def attacker_optimizer(
+    settings: AttackSettings, parameters: Sequence[nn.Parameter], learning_rate: float
+) -> torch.optim.Optimizer:
+    """The optimizer that *settings* name; what they leave open is as in the published fine-tuning scripts."""
+    if settings.optimizer == "radam":
+        return torch.optim.RAdam(parameters, lr=learning_rate, weight_decay=1e-2, decoupled_weight_decay=True)
+    if settings.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=1e-2)
+    return adamw(parameters, learning_rate)
 
-    def __init__(self, parameters: dict[str, nn.Parameter], rates: Preset) -> None:
+
+class Attacker:
+    """The parameters φ of an attached attack, their optimizer and the course of its rate over *steps* steps."""
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        rates: Preset,
+        settings: AttackSettings | None = None,
+        steps: int | None = None,
+    ) -> None:
         if not parameters:
             raise ValueError("the attack attached no parameters")
+        settings = settings or AttackSettings()
+        if steps is None and (settings.schedule != "constant" or settings.warmup):
+            raise ValueError("a rate that changes needs to know the number of steps")
         self.parameters = list(parameters.values())
         self.max_grad_norm = rates.max_grad_norm
-        self.optimizer = adamw(self.parameters, rates.learning_rate)
+        self.optimizer = attacker_optimizer(settings, self.parameters, rates.learning_rate)
+        self.schedule = _schedule(settings, self.optimizer, steps or 0)
 
     def step(self, loss_of: Callable[[], Tensor]) -> float:
         """One step down on the attack's loss."""
-        return gradient_step(self.optimizer, self.parameters, loss_of, self.max_grad_norm)
+        loss = gradient_step(self.optimizer, self.parameters, loss_of, self.max_grad_norm)
+        self.schedule.step()
+        return loss
+
+
+def _schedule(
+    settings: AttackSettings, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    from diffusers.optimization import get_scheduler
+
+    name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    warmup = round(settings.warmup * steps)
+    schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=steps
+    )
+    return schedule

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import random
+import re
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -28,3 +30,20 @@ class Concept:
             hashlib.sha256(f"{image.size}".encode() + image.convert("RGB").tobytes()).hexdigest()
             for image in self.images
         )
+
+    def sample(self, count: int, seed: int) -> Concept:
+        """*count* of the pictures, picked by *seed*, in their order here; all of them where *count* is 0 or too many."""
+        if not 0 < count < len(self.images):
+            return self
+        rows = sorted(random.Random(seed).sample(range(len(self.images)), count))
+        return replace(
+            self,
+            images=tuple(self.images[row] for row in rows),
+            captions=tuple(self.captions[row] for row in rows),
+        )
+
+    def renamed(self, caption: str, name: str) -> str | None:
+        """*caption* with *name* in place of the concept's, in whatever case it stands; None where it is not there."""
+        pattern = rf"(?<!\w){re.escape(self.name)}(?!\w)"
+        text, count = re.subn(pattern, lambda found: name, caption, flags=re.IGNORECASE)
+        return text if count else None

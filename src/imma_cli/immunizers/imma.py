@@ -133,25 +133,28 @@ def _attach_all(
     kept = {id(weight) for weight in protected.values()}
     turns: list[Turn] = []
     for concept in concepts:
-        latents: Latents = encode(model, concept.images)
+        everything: Latents = encode(model, concept.images)
         for prototype in attacks:
             attack = type(prototype)(prototype.settings)
             # Only S_u may change for everyone. An attack that trains the model's own weights gets the rest as copies.
             own = [p for network in model.networks.values() for p in network.parameters() if id(p) not in kept]
             shared = model.sharing(private=own if attack.in_place else ())
             seed = settings.seed * 1000 + len(turns)
-            parameters = stack.enter_context(attack.attach(shared, concept, seed))
+            chosen = concept.sample(attack.settings.pictures, seed)
+            latents = everything if chosen is concept else encode(model, chosen.images)
+            parameters = stack.enter_context(attack.attach(shared, chosen, seed))
             rates = attack.rates(shared)
-            batches = TrainingSet(shared, attack, concept, latents, seed=seed, batch_size=settings.batch_size)
+            cycles = max(1, (settings.steps or rates.steps) // 2)
+            batches = TrainingSet(shared, attack, chosen, latents, seed=seed, batch_size=settings.batch_size)
             turns.append(
                 Turn(
                     attack,
-                    concept,
+                    chosen,
                     shared,
-                    Attacker(parameters, rates),
+                    Attacker(parameters, rates, attack.settings, cycles),
                     iter(batches),
                     rates.outer_learning_rate if settings.outer_learning_rate is None else settings.outer_learning_rate,
-                    max(1, (settings.steps or rates.steps) // 2),
+                    cycles,
                     runtime,
                 )
             )

@@ -83,13 +83,14 @@ def run_trial(
     Pictures, captions, their order and all noise follow from *seed*, so that trials on two models are paired.
     """
     attack = type(attack)(attack.settings)
+    concept = concept.sample(attack.settings.pictures, seed)
     looks = set(points_of(steps) if points is None else points)
     measured: list[Point] = []
     latents, judged = encode(model, concept.images), encode(model, judge.images)
     own = ATTACKER_SEEDS + seed
     with attack.attach(model, concept, own) as parameters:
         rates = attack.rates(model)
-        attacker = Attacker(parameters, rates)
+        attacker = Attacker(parameters, rates, attack.settings, steps)
         batches = iter(TrainingSet(model, attack, concept, latents, seed=own, batch_size=batch_size))
         # the judging noise is the same for every seed: it is the yardstick, not a part of the trial
         probes = _probes(TrainingSet(model, attack, judge, judged, seed=12345))
