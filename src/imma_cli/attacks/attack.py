@@ -56,7 +56,7 @@ class AttackSettings:
     """Settings of every attack; each attack adds its own."""
 
     preset: str = "auto"
-    """``paper``: the published rates for full-size models; ``small``: for models like the demo; ``auto``: by size."""
+    """paper: the published rates for full-size models; small: for models like the demo; auto: by size."""
     learning_rate: float | None = None
     """The attacker's rate; overrides the preset's."""
     optimizer: Literal["adamw", "radam", "adafactor"] = "adamw"

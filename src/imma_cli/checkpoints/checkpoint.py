@@ -196,6 +196,15 @@ class Checkpoint:
             raise ImmaError(f"cannot use {self.path}", [f"{path} changed while it was in use" for path in moved])
 
 
+def _nearby(path: Path) -> str:
+    """What stands where the checkpoint was looked for."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"There is no folder {folder} either."
+    names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors" or (p / "model_index.json").is_file())
+    return f"In {folder} there are: {', '.join(names[:5])}." if names else f"There is no checkpoint in {folder}."
+
+
 def open_checkpoint(path: Path, config: Path | None = None) -> Checkpoint:
     """Validates the checkpoint at *path*, a ``.safetensors`` file or a diffusers folder, without loading its weights.
 
@@ -203,7 +212,7 @@ def open_checkpoint(path: Path, config: Path | None = None) -> Checkpoint:
     with every reason found, for whatever is not a whole Stable Diffusion 1.x checkpoint.
     """
     if not path.exists():
-        raise ImmaError(f"cannot use {path}", ["there is no such file or folder"])
+        raise ImmaError(f"cannot use {path}", ["there is no such file or folder"], _nearby(path))
     if path.is_dir():
         return _open_folder(path, config)
     file = WeightFile.open(path)

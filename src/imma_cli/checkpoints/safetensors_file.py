@@ -79,7 +79,7 @@ def read_header(path: Path) -> Header:
             if first[8:9] != b"{" and (other := other_format(path, first)):
                 raise ImmaError(refusal, [other.what], hint=other.hint)
             if not 2 <= length <= HEADER_LIMIT:
-                raise ImmaError(refusal, [f"it does not begin with a header's length (it would be {length:,} bytes)"])
+                raise ImmaError(refusal, ["it is no safetensors file: it does not begin with the length of a header"])
             file.seek(8)
             raw = file.read(length)
     except OSError as error:

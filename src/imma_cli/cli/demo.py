@@ -27,6 +27,6 @@ def demo(
     out.print("\nNext:")
     out.print(
         f'  imma harden {folder / "model.safetensors"} --concept "{concept.text}" '
-        f"--images {folder / 'concepts' / name / 'defend'} --attack NAME"
+        f"--images {folder / 'concepts' / name / 'defend'} --attack lora"
     )
-    out.print("imma attacks lists the names.")
+    out.print("imma attacks lists the other attacks.")

@@ -105,7 +105,7 @@ def say_done(
             f"  simulated attacker's loss: {losses['attacker_first']:.4f} at first, {losses['attacker_last']:.4f} at last"
         )
     out.print(
-        f"  loss after the attacker's step: {losses['immunizer_first']:.4f} at first, {losses['immunizer_last']:.4f} at last"
+        f"  loss that the immunizer raises, right after the attacker's step: {losses['immunizer_first']:.4f} at first, {losses['immunizer_last']:.4f} at last"
     )
     if written.dropped:
         out.print(f"  left out: {len(written.dropped)} copies of the unhardened weights")
@@ -171,7 +171,8 @@ def say_plan(
     if json:
         print_json(plan)
         return
-    out.print(f"Would write {target}", markup=False)
+    exists = " (it exists: give --force to replace it)" if target.exists() else ""
+    out.print(f"Would write {target}{exists}", markup=False)
     out.print(
         f"  change: {plan['would_change_tensors']} tensors, {plan['would_change_parameters']:,} values ({settings.protect})"
     )

@@ -62,7 +62,7 @@ def course(title: str, total: int, *, quiet: bool) -> Iterator[Callable[..., Non
     """Gives a function to report progress with; shows nothing where *quiet* or where nobody watches."""
     if quiet or not err.is_terminal:
         if not quiet:
-            err.print(f"{title} ({total}) ...", markup=False)
+            err.print(f"{title}, {total} steps ...", markup=False)
         yield lambda done, **values: None
         return
     shown = Course(title, total)

@@ -240,7 +240,10 @@ def _sentence(c: Comparison) -> str:
     if c.hardened_steps is None:
         return f"{c.attack}: within this budget the attacker does not reach on the hardened model half of what it gains on the original."
     share = (c.hardened[-1].loss - c.original[-1].loss) / (c.original[0].loss - c.original[-1].loss)
-    end = f"at the end its loss is {abs(share):.0%} of its whole gain {'higher' if share > 0 else 'lower'} than on the original"
+    prevented = (
+        f"hardening prevented {share:.0%} of what the attack gains" if share > 0 else "hardening prevented nothing"
+    )
+    end = f"after {c.hardened[-1].step} steps {prevented}"
     if not c.delay:
         return f"{c.attack}: {end}."
-    return f"{c.attack}: the attacker needs {c.delay:.1f} times as many steps for half of its gain; {end}."
+    return f"{c.attack}: the attacker needs {c.delay:.1f} times as many steps for half of what it gains on the original; {end}."

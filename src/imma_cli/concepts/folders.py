@@ -23,9 +23,7 @@ def read_concept(name: str, folder: Path) -> Concept:
         ImmaError: there is no such folder, it holds no pictures, pictures cannot be read, or captions name missing ones.
     """
     if not folder.is_dir():
-        raise ImmaError(
-            f"{folder} is not a folder of pictures.", hint="--images takes a folder, one for each --concept."
-        )
+        raise ImmaError(f"{folder} is not a folder of pictures.")
     reasons: list[str] = []
     captions = _captions(folder, reasons)
     if captions is None:
@@ -39,6 +37,11 @@ def read_concept(name: str, folder: Path) -> Concept:
     paths = [folder / name for name in names]
     if not paths and not reasons:
         reasons.append(f"it holds no picture ({', '.join(sorted(s[1:] for s in SUFFIXES))})")
+        inside = sorted(
+            f.name for f in folder.iterdir() if f.is_dir() and any(p.suffix.lower() in SUFFIXES for p in f.iterdir())
+        )
+        if inside:
+            reasons.append(f"pictures are in its folders {', '.join(inside[:8])}: name one of them")
     images: list[Image.Image] = []
     unreadable: list[str] = []
     for path in paths:
