@@ -128,7 +128,7 @@ def test_an_unknown_preset_is_refused(tiny_model: Model) -> None:
 
 def test_settings_are_described_and_recorded() -> None:
     for found in REGISTRY.found.values():
-        assert all(s.meaning for s in describe(found.attack.Settings)), found.attack.name
+        assert all(s.meaning for s in describe(found.cls.Settings)), found.cls.name
     assert record(parse_attacks(["lora:rank=8"], REGISTRY)[0])["settings"]["rank"] == 8
 
 
