@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 
@@ -39,7 +39,7 @@ def test_command_reference_is_what_help_prints(generator: ModuleType) -> None:
 
 def test_every_attack_that_ships_has_a_section() -> None:
     page = (DOCS / "attacks.md").read_text(encoding="utf-8")
-    shipped = {point.name for point in entry_points(group="imma") if point.dist and point.dist.name == "imma-cli"}
+    shipped = {name for name, found in discover().found.items() if found.distribution == "imma-cli"}
     assert shipped
     assert shipped == set(re.findall(r"^## `(.+)`$", page, re.MULTILINE))
 
@@ -52,9 +52,9 @@ def test_every_setting_and_every_rate_of_an_attack_is_documented() -> None:
         if found.distribution != "imma-cli":
             continue
         text = common + sections[name]
-        undocumented = [s.name for s in describe(found.attack.Settings) if f"| `{s.name}` |" not in text]
+        undocumented = [s.name for s in describe(found.cls.Settings) if f"| `{s.name}` |" not in text]
         assert not undocumented, f"{name}: {undocumented}"
-        for preset, rates in found.attack.presets.items():
+        for preset, rates in found.cls.presets.items():
             row = f"| `{preset}` | {rates.learning_rate:.0e} | {rates.outer_learning_rate:.0e} | {rates.steps} |"
             assert row.replace("e-0", "e-") in sections[name], f"{name}: the page has no row {row}"
 
