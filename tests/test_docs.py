@@ -17,6 +17,7 @@ from imma_cli.attacks.training import Attacker
 from imma_cli.concepts.batches import TrainingSet, encode
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
+from imma_cli.verification.metrics import discover_metrics, parse_metrics
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -57,6 +58,29 @@ def test_every_setting_and_every_rate_of_an_attack_is_documented() -> None:
         for preset, rates in found.cls.presets.items():
             row = f"| `{preset}` | {rates.learning_rate:.0e} | {rates.outer_learning_rate:.0e} | {rates.steps} |"
             assert row.replace("e-0", "e-") in sections[name], f"{name}: the page has no row {row}"
+
+
+def test_every_metric_that_ships_has_a_section_with_its_settings() -> None:
+    page = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    sections = dict(section.split("`\n", 1) for section in re.split(r"^## `", page, flags=re.MULTILINE)[1:])
+    shipped = {name: found for name, found in discover_metrics().found.items() if found.distribution == "imma-cli"}
+    assert shipped
+    assert set(shipped) == set(sections)
+    for name, found in shipped.items():
+        undocumented = [s.name for s in describe(found.cls.Settings) if f"| `{s.name}` |" not in sections[name]]
+        assert not undocumented, f"{name}: {undocumented}"
+
+
+def test_the_example_metric_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "imma_palette.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry = discover_metrics([EntryPoint("palette", "imma_palette", "imma")])
+    assert not registry.broken
+    (metric,) = parse_metrics(["palette:bins=4"], registry)
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (16, 8), "blue")
+    assert metric.similarity([red, blue], [red, red, blue]).tolist() == [[1, 1, 0], [0, 0, 1]]
 
 
 def test_the_example_plugin_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Model) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BATCH = 32
+NAMED = 5
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # "name" or "organisation/name"; what else has a slash, a dot in front or a tilde is meant to be a folder
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
@@ -33,12 +34,11 @@ class TransformersMetric(Metric):
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
-        self._processor: Any = None
-        self._model: Any = None
+        self._loaded: tuple[Any, Any] | None = None
 
     @abstractmethod
-    def load(self, source: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-        """The model and transformers' report on loading it."""
+    def load(self, source: str, config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """The model of *source* and *config*, and transformers' report on loading it."""
 
     @abstractmethod
     def embed(self, model: Any, pixel_values: Tensor) -> Tensor:
@@ -53,13 +53,12 @@ class TransformersMetric(Metric):
         if faults:
             raise ImmaError(f"The metric {self.name} cannot be used here.", faults)
         try:
-            processor, model = self._loaded()
-            self._processor, self._model = processor, model.to(device)
-            self._embeddings([Image.new("RGB", (48, 64), "teal")])
+            processor, model = self._load()
+            loaded = processor, model.to(device)
+            self._embeddings(loaded, [Image.new("RGB", (48, 64), "teal")])
         except ImmaError:
             raise
         except Exception as error:  # a foreign folder, or a hub out of reach, may raise anything
-            self._processor = self._model = None
             raise ImmaError(
                 f"The model {self.settings.model} of the metric {self.name} cannot be used.",
                 [" ".join(str(error).split()) or type(error).__name__],
@@ -68,30 +67,33 @@ class TransformersMetric(Metric):
                 if self._is_on_hub()
                 else f"{self.name}:model=FOLDER takes a folder as save_pretrained of transformers writes it.",
             ) from error
+        self._loaded = loaded
 
     def similarity(self, references: Sequence[Image.Image], images: Sequence[Image.Image]) -> NDArray[np.float64]:
-        if self._model is None:
-            self.prepare()
         if not references or not images:
             return np.empty((len(references), len(images)))
-        return (self._embeddings(references) @ self._embeddings(images).T).numpy()
+        if self._loaded is None:
+            self.prepare()
+        assert self._loaded is not None
+        return (self._embeddings(self._loaded, references) @ self._embeddings(self._loaded, images).T).numpy()
 
-    def _embeddings(self, images: Sequence[Image.Image]) -> Tensor:
+    def _embeddings(self, loaded: tuple[Any, Any], images: Sequence[Image.Image]) -> Tensor:
         """Embeddings of length 1, [N, D], float64."""
         import torch
 
+        processor, model = loaded
         batches = []
         with torch.inference_mode():
             for start in range(0, len(images), BATCH):
                 batch = [image.convert("RGB") for image in images[start : start + BATCH]]
-                pixel_values = self._processor(images=batch, return_tensors="pt")["pixel_values"]
-                batches.append(self.embed(self._model, pixel_values.to(self._model.device)).double().cpu())
+                pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
+                batches.append(self.embed(model, pixel_values.to(model.device)).double().cpu())
         embeddings = torch.cat(batches)
         if not embeddings.isfinite().all():
             raise ImmaError(f"The model {self.settings.model} of the metric {self.name} gives NaN or Inf.")
         return torch.nn.functional.normalize(embeddings, dim=-1)
 
-    def _loaded(self) -> tuple[Any, Any]:
+    def _load(self) -> tuple[Any, Any]:
         import torch
 
         from imma_cli.checkpoints.loading import quiet
@@ -100,22 +102,25 @@ class TransformersMetric(Metric):
         with quiet():
             from transformers import AutoConfig, AutoImageProcessor
 
-            kind = AutoConfig.from_pretrained(source).model_type
-            if kind not in self.types:
+            config = AutoConfig.from_pretrained(source)
+            if config.model_type not in self.types:
                 raise ImmaError(
                     f"The metric {self.name} cannot read {self.settings.model}.",
-                    [f"it is a model of type {kind}, not {' or '.join(sorted(self.types))}"],
+                    [f"it is a model of type {config.model_type}, not {' or '.join(sorted(self.types))}"],
                 )
             # always Pillow, whether torchvision is there or not: the two do not scale pictures quite alike
             processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-            # transformers would take over the dtype of the file
-            model, report = self.load(source, dtype=torch.float32, output_loading_info=True)
-        # weights that are not in the file are filled at random without an error; a pooler is not used
-        absent = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-        if absent:
+            # the dtype, or transformers would take over the file's; the sizes, to name the tensors that do not fit
+            options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, report = self.load(source, config, **options)
+        # what the file lacks is filled at random, without an error; a pooler is not used
+        absent = [key for key in sorted(report["missing_keys"]) if not key.startswith("pooler.")]
+        misfits = sorted(key for key, *_ in report["mismatched_keys"])
+        if absent or misfits:
             raise ImmaError(
-                f"The weights in {self.settings.model} are not whole.",
-                [f"{len(absent)} tensors are missing: {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}"],
+                f"The weights in {self.settings.model} do not belong to its config.json.",
+                [f"it has no {key}" for key in absent[:NAMED]]
+                + [f"{key} has another shape" for key in misfits[:NAMED]],
             )
         return processor, model.requires_grad_(False).eval()
 

@@ -29,11 +29,15 @@ class Clip(TransformersMetric):
     Settings = ClipSettings
     settings: ClipSettings
 
-    def load(self, source: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    def load(self, source: str, config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
         # of a whole CLIPModel it takes what pictures need and leaves the text half on the disk
-        from transformers import CLIPVisionModelWithProjection
+        from transformers import CLIPVisionModelWithProjection as Vision
 
-        loaded: tuple[Any, dict[str, Any]] = CLIPVisionModelWithProjection.from_pretrained(source, **options)
+        if config.model_type == "clip":
+            # the size that counts is the whole model's; the picture half may state another, which CLIPModel ignores
+            config.vision_config.projection_dim = config.projection_dim
+            config = config.vision_config
+        loaded: tuple[Any, dict[str, Any]] = Vision.from_pretrained(source, config=config, **options)
         return loaded
 
     def embed(self, model: Any, pixel_values: Tensor) -> Tensor:

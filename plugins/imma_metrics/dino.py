@@ -32,10 +32,10 @@ class Dino(TransformersMetric):
     Settings = DinoSettings
     settings: DinoSettings
 
-    def load(self, source: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    def load(self, source: str, config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
         from transformers import AutoModel
 
-        loaded: tuple[Any, dict[str, Any]] = AutoModel.from_pretrained(source, **options)
+        loaded: tuple[Any, dict[str, Any]] = AutoModel.from_pretrained(source, config=config, **options)
         return loaded
 
     def embed(self, model: Any, pixel_values: Tensor) -> Tensor:

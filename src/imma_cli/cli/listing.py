@@ -32,7 +32,7 @@ def show_all(
     table = Table(registry.kind.noun, *columns.values(), "package", "version")
     for name, f in registry.found.items():
         said = facts(f.cls)
-        table.add_row(name, *(escape(str(said[fact])) for fact in columns), f.distribution, f.version)
+        table.add_row(name, *(_cell(said[fact]) for fact in columns), f.distribution, f.version)
     out.print(table)
     for b in registry.broken:
         err.print(
@@ -68,8 +68,13 @@ def show_one(
     if not settings:
         out.print("It has no settings.")
         return
-    title = f"--{registry.kind.noun} {name}:key=value,..."
-    table = Table("setting", "type", "default", "meaning", title=title, title_justify="left")
+    table = Table(
+        "setting", "type", "default", "meaning", title=f"settings: {name}:key=value,...", title_justify="left"
+    )
     for s in settings:
-        table.add_row(s.name, s.type, escape(str(s.default)), escape(s.meaning))
+        table.add_row(s.name, escape(s.type), escape(str(s.default)), escape(s.meaning))
     out.print(table)
+
+
+def _cell(value: object) -> str:
+    return "yes" if value is True else "no" if value is False else escape(str(value))

@@ -1,4 +1,4 @@
-"""``imma metrics``: the metric plugins that were found, and whether they can be used here."""
+"""``imma metrics``: the metric plugins that were found, and whether they are ready to be used here."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def metrics(
 
     registry = discover_metrics()
     if name is None:
-        show_all(registry, {"summary": "what it compares", "usable": "usable here"}, _facts, json=json)
+        show_all(registry, {"summary": "what it compares", "ready": "ready here"}, _facts, json=json)
         return
     facts = _facts(registry.get(name))
     show_one(registry, name, facts, json=json)
     if not json and facts["missing"]:
-        out.print("Not usable here with its default settings:")
+        out.print("Not ready here with its default settings:")
         for reason in facts["missing"]:
             out.print(f"  - {escape(reason)}")
 
@@ -39,4 +39,4 @@ def _facts(metric: type[Metric]) -> dict[str, Any]:
         missing = metric(metric.Settings()).missing()
     except Exception as error:  # noqa: BLE001 - somebody else's code; the list must still appear
         missing = [f"{type(error).__name__}: {error}"]
-    return {"summary": metric.summary, "usable": "no" if missing else "yes", "missing": missing}
+    return {"summary": metric.summary, "ready": not missing, "missing": missing}
