@@ -313,6 +313,7 @@ def test_missing_weights_are_refused_before_anything_is_measured(weights: Path, 
     alex = f"backbone={weights / 'alex-backbone.pth'}"
     refused = {
         "clip:model=no/such/folder": "no folder",
+        "clip:model=": "is empty",
         f"clip:model={tmp_path / 'empty'}": "no config.json",
         f"clip:model={tmp_path / 'unprepared'}": "no preprocessor_config.json",
         f"clip:model={tmp_path / 'torn'}": "visual_projection.weight",

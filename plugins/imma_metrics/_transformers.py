@@ -132,6 +132,8 @@ class TransformersMetric(Metric):
 
     def _folder_faults(self) -> list[str]:
         folder = self._folder()
+        if not self.settings.model:
+            return [f"{self.name}:model= is empty"]
         if self._is_on_hub():
             return []
         if not folder.is_dir():

@@ -139,13 +139,8 @@ def _brought(kind: Kind[P], point: EntryPoint) -> list[type[P]]:
     manager.check_pending()
     classes = [cls for many in getattr(manager.hook, kind.hook)() for cls in many]
     # What a plugin brings of another kind is that kind's business; here it only has to bring something.
-    if not classes and not any(many for name in _hooks() for many in getattr(manager.hook, name)()):
+    if not classes and not any(many for hook in vars(manager.hook).values() for many in hook()):
         raise ValueError("it registers no attack and no metric")
     for cls in classes:
         kind.check(cls)
     return classes
-
-
-def _hooks() -> list[str]:
-    marker = f"{hookspecs.PROJECT}_spec"
-    return [name for name, value in vars(hookspecs).items() if hasattr(value, marker)]
