@@ -240,6 +240,7 @@ BROKEN = {
     "nothing": ("", "no attack and no metric"),
     "empty": (f"{PLUGIN}\n@hookimpl\ndef imma_metrics():\n    return []", "no attack and no metric"),
     "nameless": (f"{PLUGIN}del M.name\n@hookimpl\ndef imma_metrics():\n    return [M]", "name"),
+    "untypable": (f"{PLUGIN}M.name = 3\n@hookimpl\ndef imma_metrics():\n    return [M]", "cannot be typed"),
     "abstract": (f"{PLUGIN}class N(Metric):\n  name = summary = 'n'\n@hookimpl\ndef imma_metrics():\n    return [N]", "simila"),
     "settings": (f"{PLUGIN}M.Settings = dict\n@hookimpl\ndef imma_metrics():\n    return [M]", "PluginSettings"),
     "foreign": (f"{PLUGIN}\n@hookimpl\ndef imma_metrics():\n    return [Attack]", "Metric"),

@@ -37,6 +37,8 @@ class Kind(Generic[P]):
         missing = [field for field in self.stated if not hasattr(cls, field)]
         if missing:
             raise TypeError(f"{cls.__name__} does not state its {', '.join(missing)}")
+        if not (isinstance(cls.name, str) and cls.name.strip() and ":" not in cls.name):
+            raise TypeError(f"{cls.__name__}.name cannot be typed as NAME:key=value: {cls.name!r}")
         settings, root = cls.Settings, self.base.Settings
         if not (is_dataclass(settings) and isinstance(settings, type) and issubclass(settings, root)):
             raise TypeError(f"{cls.__name__}.Settings is no dataclass derived from {root.__name__}")
