@@ -111,10 +111,10 @@ def test_where_matrices_go_follows_the_targets(tiny_model: Model) -> None:
 
 def test_every_value_of_every_search_space_can_be_set(tiny_model: Model) -> None:
     for found in REGISTRY.found.values():
-        for name, space in found.attack.search.items():
+        for name, space in found.cls.search.items():
             if isinstance(space, Choice):
                 for option in space.options:
-                    (attack,) = parse_attacks([f"{found.attack.name}:{name}={option}"], REGISTRY)
+                    (attack,) = parse_attacks([f"{found.cls.name}:{name}={option}"], REGISTRY)
                     assert getattr(attack.settings, name) == option
             else:
                 assert space.low < space.high
@@ -178,7 +178,7 @@ def test_an_unknown_preset_is_refused(tiny_model: Model) -> None:
 
 def test_settings_are_described_and_recorded() -> None:
     for found in REGISTRY.found.values():
-        assert all(s.meaning for s in describe(found.attack.Settings)), found.attack.name
+        assert all(s.meaning for s in describe(found.cls.Settings)), found.cls.name
     assert record(parse_attacks(["lora:rank=8"], REGISTRY)[0])["settings"]["rank"] == 8
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +17,7 @@ from imma_cli.attacks.training import Attacker
 from imma_cli.concepts.batches import TrainingSet, encode
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
+from imma_cli.verification.metrics import discover_metrics, parse_metrics
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -39,7 +40,7 @@ def test_command_reference_is_what_help_prints(generator: ModuleType) -> None:
 
 def test_every_attack_that_ships_has_a_section() -> None:
     page = (DOCS / "attacks.md").read_text(encoding="utf-8")
-    shipped = {point.name for point in entry_points(group="imma") if point.dist and point.dist.name == "imma-cli"}
+    shipped = {name for name, found in discover().found.items() if found.distribution == "imma-cli"}
     assert shipped
     assert shipped == set(re.findall(r"^## `(.+)`$", page, re.MULTILINE))
 
@@ -52,11 +53,34 @@ def test_every_setting_and_every_rate_of_an_attack_is_documented() -> None:
         if found.distribution != "imma-cli":
             continue
         text = common + sections[name]
-        undocumented = [s.name for s in describe(found.attack.Settings) if f"| `{s.name}` |" not in text]
+        undocumented = [s.name for s in describe(found.cls.Settings) if f"| `{s.name}` |" not in text]
         assert not undocumented, f"{name}: {undocumented}"
-        for preset, rates in found.attack.presets.items():
+        for preset, rates in found.cls.presets.items():
             row = f"| `{preset}` | {rates.learning_rate:.0e} | {rates.outer_learning_rate:.0e} | {rates.steps} |"
             assert row.replace("e-0", "e-") in sections[name], f"{name}: the page has no row {row}"
+
+
+def test_every_metric_that_ships_has_a_section_with_its_settings() -> None:
+    page = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    sections = dict(section.split("`\n", 1) for section in re.split(r"^## `", page, flags=re.MULTILINE)[1:])
+    shipped = {name: found for name, found in discover_metrics().found.items() if found.distribution == "imma-cli"}
+    assert shipped
+    assert set(shipped) == set(sections)
+    for name, found in shipped.items():
+        undocumented = [s.name for s in describe(found.cls.Settings) if f"| `{s.name}` |" not in sections[name]]
+        assert not undocumented, f"{name}: {undocumented}"
+
+
+def test_the_example_metric_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "imma_palette.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry = discover_metrics([EntryPoint("palette", "imma_palette", "imma")])
+    assert not registry.broken
+    (metric,) = parse_metrics(["palette:bins=4"], registry)
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (16, 8), "blue")
+    assert metric.similarity([red, blue], [red, red, blue]).tolist() == [[1, 1, 0], [0, 0, 1]]
 
 
 def test_the_example_plugin_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Model) -> None:

@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import distribution, entry_points
+from importlib.metadata import distribution
 from importlib.resources import files
+from typing import Any
 
 import pytest
 
-COMMANDS = ("demo", "harden", "verify", "attacks", "inspect")
+from imma_cli.attacks.manager import Registry, discover
+from imma_cli.verification.metrics import discover_metrics
+
+COMMANDS = ("demo", "harden", "verify", "attacks", "metrics", "inspect")
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "numpy", "PIL"}
 # stdout belongs to the help text, so the modules go to stderr
 REPORT = """
@@ -47,11 +51,16 @@ def test_every_command_is_listed() -> None:
 
 
 def test_the_attacks_are_found_through_entry_points() -> None:
-    points = [point for point in entry_points(group="imma") if point.dist and point.dist.name == "imma-cli"]
-    assert {point.name for point in points} == {"lora", "dreambooth", "dreambooth-lora", "textual-inversion"}
-    for point in points:
-        (attack,) = point.load().imma_attacks()
-        assert attack.name == point.name
+    assert discover().broken == ()
+    assert _shipped(discover()) == {"lora", "dreambooth", "dreambooth-lora", "textual-inversion"}
+
+
+def test_the_metrics_are_found_through_entry_points() -> None:
+    assert _shipped(discover_metrics()) == {"effnet", "effnet-style", "pixel", "ssim", "clip", "dino", "lpips"}
+
+
+def _shipped(registry: Registry[Any]) -> set[str]:
+    return {name for name, found in registry.found.items() if found.distribution == "imma-cli"}
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from imma_cli.attacks.plugin import Plugin, PluginSettings
 from imma_cli.errors import ImmaError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ Space = Range | Choice
 
 
 @dataclass(frozen=True)
-class AttackSettings:
+class AttackSettings(PluginSettings):
     """Settings of every attack; each attack adds its own."""
 
     preset: str = "auto"
@@ -88,14 +89,12 @@ COMMON_SEARCH: Mapping[str, Space] = {
 """What a search may vary in every attack."""
 
 
-class Attack(ABC):
+class Attack(Plugin):
     """A fine-tuning method. Subclasses say how parameters go into a model, and where it differs, what the loss is.
 
     An object of an attack is attached to one model at a time.
     """
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
     paper: ClassVar[str]
     Settings: ClassVar[type[AttackSettings]] = AttackSettings
     presets: ClassVar[Mapping[str, Preset]]
@@ -105,9 +104,7 @@ class Attack(ABC):
     """Whether what the prompts are encoded to changes while the attack trains, so that it cannot be computed once."""
     in_place: ClassVar[bool] = False
     """Whether the parameters are the model's own weights instead of additional ones."""
-
-    def __init__(self, settings: AttackSettings) -> None:
-        self.settings = settings
+    settings: AttackSettings
 
     @abstractmethod
     def attach(self, model: Model, concept: Concept, seed: int) -> AbstractContextManager[dict[str, nn.Parameter]]:

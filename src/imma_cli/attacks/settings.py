@@ -1,25 +1,26 @@
-"""Settings of attacks as people type them: ``NAME[:key=value,...]``, and as they are recorded."""
+"""Settings of plugins as people type them: ``NAME[:key=value,...]``, and as they are recorded."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from imma_cli.attacks.attack import Attack, AttackSettings
-from imma_cli.attacks.manager import Registry
+from imma_cli.attacks.attack import Attack
+from imma_cli.attacks.manager import P, Registry
+from imma_cli.attacks.plugin import Plugin, PluginSettings
 from imma_cli.errors import ImmaError
 
 
 @dataclass(frozen=True)
 class SettingHelp:
-    """What ``imma attacks NAME`` shows of one setting."""
+    """What ``imma attacks NAME`` and ``imma metrics NAME`` show of one setting."""
 
     name: str
     type: str
@@ -27,61 +28,80 @@ class SettingHelp:
     meaning: str
 
 
-def parse_attacks(specs: Iterable[str], registry: Registry) -> list[Attack]:
+def parse_attacks(specs: Iterable[str], registry: Registry[Attack]) -> list[Attack]:
     """The attacks for what was typed, such as ``lora:rank=8,learning_rate=1e-4``.
 
     Raises:
         ImmaError: names every unknown attack, unknown setting and unreadable value at once.
     """
-    attacks: list[Attack] = []
+    return parse(specs, registry, _preset_faults)
+
+
+def parse(
+    specs: Iterable[str],
+    registry: Registry[P],
+    faults: Callable[[type[P], dict[str, Any]], list[str]] = lambda cls, values: [],
+) -> list[P]:
+    """Objects of *registry*'s kind for what was typed; *faults* says what else is wrong with a class's settings.
+
+    Raises:
+        ImmaError: names every unknown name, unknown setting and unreadable value at once.
+    """
+    plugins: list[P] = []
     reasons: list[str] = []
     for spec in specs:
         name, _, text = spec.partition(":")
         try:
-            attack = registry.get(name.strip())
+            cls = registry.get(name.strip())
         except ImmaError as error:
             reasons.append(" ".join([error.what, *error.reasons, error.hint or ""]).strip())
             continue
-        values, wrong = _values(attack, text)
-        preset = values.get("preset", "auto")
-        if preset != "auto" and preset not in attack.presets:
-            wrong.append(f"{name}: there is no preset {preset!r}; choose from auto, {', '.join(attack.presets)}")
+        values, wrong = _values(cls, text)
+        wrong += faults(cls, values)
         reasons += wrong
         if not wrong:
             try:
-                attacks.append(attack(attack.Settings(**values)))
+                plugins.append(cls(cls.Settings(**values)))
             except (ValueError, TypeError) as error:
-                reasons.append(f"{name}: {error}")
-    specs_seen = [(a.name, a.settings) for a in attacks]
+                reasons.append(f"{cls.name}: {error}")
+    specs_seen = [(p.name, p.settings) for p in plugins]
     reasons += [
         f"{n} is given twice with the same settings" for n, s in set(specs_seen) if specs_seen.count((n, s)) > 1
     ]
     if reasons:
-        raise ImmaError("The attacks cannot be set up.", reasons, "imma attacks NAME shows the settings of an attack.")
-    return attacks
+        nouns = f"{registry.kind.noun}s"
+        raise ImmaError(f"The {nouns} cannot be set up.", reasons, f"imma {nouns} NAME shows the settings of one.")
+    return plugins
 
 
-def _values(attack: type[Attack], text: str) -> tuple[dict[str, Any], list[str]]:
-    known = {f.name: f for f in fields(attack.Settings)}
-    hints = get_type_hints(attack.Settings)
+def _preset_faults(attack: type[Attack], values: dict[str, Any]) -> list[str]:
+    preset = values.get("preset", "auto")
+    if preset == "auto" or preset in attack.presets:
+        return []
+    return [f"{attack.name}: there is no preset {preset!r}; choose from auto, {', '.join(attack.presets)}"]
+
+
+def _values(cls: type[Plugin], text: str) -> tuple[dict[str, Any], list[str]]:
+    known = {f.name: f for f in fields(cls.Settings)}
+    hints = get_type_hints(cls.Settings)
     values: dict[str, Any] = {}
     reasons: list[str] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, raw = (s.strip() for s in item.partition("="))
         key = key.replace("-", "_")
         if not equals:
-            reasons.append(f"{attack.name}: {item!r} is not of the form key=value")
+            reasons.append(f"{cls.name}: {item!r} is not of the form key=value")
         elif key not in known:
             near = get_close_matches(key, known, n=2, cutoff=0.4)
-            better = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
-            reasons.append(f"{attack.name} has no setting {key!r}; {better}")
+            better = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known) or 'none'}"
+            reasons.append(f"{cls.name} has no setting {key!r}; {better}")
         elif key in values:
-            reasons.append(f"{attack.name}: {key} is given twice")
+            reasons.append(f"{cls.name}: {key} is given twice")
         else:
             try:
                 values[key] = TypeAdapter(hints[key]).validate_python(raw)
             except ValidationError:
-                reasons.append(f"{attack.name}: {key}={raw!r} is no {_type_name(known[key].type)}")
+                reasons.append(f"{cls.name}: {key}={raw!r} is no {_type_name(known[key].type)}")
     return values, reasons
 
 
@@ -89,7 +109,7 @@ def _type_name(hint: Any) -> str:
     return hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint))
 
 
-def describe(settings: type[AttackSettings]) -> list[SettingHelp]:
+def describe(settings: type[PluginSettings]) -> list[SettingHelp]:
     """Every setting with its type, default, and the sentence written below it in the source."""
     meanings: dict[str, str] = {}
     for base in reversed(settings.__mro__):
@@ -106,13 +126,13 @@ def describe(settings: type[AttackSettings]) -> list[SettingHelp]:
     return [SettingHelp(f.name, _type_name(f.type), f.default, meanings.get(f.name, "")) for f in fields(settings)]
 
 
-def spec(attack: Attack) -> str:
-    """An attack as one would type it: its name and the settings that differ from the defaults."""
-    changed = {f.name: getattr(attack.settings, f.name) for f in fields(attack.settings)}
-    items = [f"{f.name}={changed[f.name]}" for f in fields(attack.settings) if changed[f.name] != f.default]
-    return f"{attack.name}:{','.join(items)}" if items else attack.name
+def spec(plugin: Plugin) -> str:
+    """A plugin as one would type it: its name and the settings that differ from the defaults."""
+    changed = {f.name: getattr(plugin.settings, f.name) for f in fields(plugin.settings)}
+    items = [f"{f.name}={changed[f.name]}" for f in fields(plugin.settings) if changed[f.name] != f.default]
+    return f"{plugin.name}:{','.join(items)}" if items else plugin.name
 
 
-def record(attack: Attack) -> dict[str, Any]:
-    """An attack as results and provenance record it."""
-    return {"name": attack.name, "spec": spec(attack), "settings": asdict(attack.settings)}
+def record(plugin: Plugin) -> dict[str, Any]:
+    """A plugin as results and provenance record it."""
+    return {"name": plugin.name, "spec": spec(plugin), "settings": asdict(plugin.settings)}

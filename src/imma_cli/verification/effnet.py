@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from imma_cli.errors import ImmaError
@@ -43,7 +43,7 @@ def content_features(images: Sequence[Image.Image]) -> Tensor:
 
 
 def style_features(images: Sequence[Image.Image], blocks: int = EARLY_BLOCKS) -> Tensor:
-    """How the pictures are drawn: means and standard deviations over space of the channels of the first *blocks*, [N, D].
+    """How the pictures are drawn: means over space of the D channels up to *blocks*, then deviations, [N, 2D].
 
     Where something is depicted is averaged away, as in the statistics that arXiv 1701.01036 shows to carry style.
 
@@ -53,11 +53,12 @@ def style_features(images: Sequence[Image.Image], blocks: int = EARLY_BLOCKS) ->
     batches = []
     for pixels in _batches(images):
         hidden = network._swish(network._bn0(network._conv_stem(pixels)))  # [B, 32, 112, 112]
-        statistics = [_statistics(hidden)]
+        layers = [hidden]
         for block in network._blocks[:blocks]:
-            hidden = block(hidden)
-            statistics.append(_statistics(hidden))
-        batches.append(torch.cat(statistics, 1))
+            layers.append(block(layers[-1]))
+        means = [layer.mean((2, 3)) for layer in layers]
+        deviations = [layer.std((2, 3)) for layer in layers]
+        batches.append(torch.cat(means + deviations, 1))
     if not batches:
         raise ImmaError("No pictures to take style features of.")
     return torch.cat(batches)
@@ -68,16 +69,11 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
 
 
-def _statistics(hidden: Tensor) -> Tensor:
-    """Means and standard deviations per channel of [B, C, h, w]: [B, 2C]."""
-    return torch.cat([hidden.mean((2, 3)), hidden.std((2, 3))], 1)
-
-
 def _batches(images: Sequence[Image.Image]) -> Iterator[Tensor]:
-    """The pictures as the network was trained to see them: float [B, 3, 224, 224], (255 x − 127) / 128."""
+    """The pictures' middle squares as the network was trained to see them: [B, 3, 224, 224], (255 x − 127) / 128."""
     for start in range(0, len(images), BATCH):
         arrays = [
-            np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+            np.asarray(ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC))
             for image in images[start : start + BATCH]
         ]
         yield (torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() - 127) / 128

@@ -1,0 +1,80 @@
+"""How commands show plugins: what ``imma attacks`` and ``imma metrics`` have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from imma_cli.cli.console import err, out, print_json
+
+if TYPE_CHECKING:
+    from imma_cli.attacks.manager import P, Registry
+
+
+def show_all(
+    registry: Registry[P], columns: Mapping[str, str], facts: Callable[[type[P]], dict[str, Any]], *, json: bool
+) -> None:
+    """Every plugin of *registry*: its name, what *facts* gives of it, and its package; then the broken ones.
+
+    *columns* says which facts the table shows, and under which heading; JSON shows all.
+    """
+    if json:
+        plugins = [
+            {"name": name, **facts(f.cls), "distribution": f.distribution, "version": f.version}
+            for name, f in registry.found.items()
+        ]
+        print_json({f"{registry.kind.noun}s": plugins, "broken": [asdict(b) for b in registry.broken]})
+        return
+    table = Table(registry.kind.noun, *columns.values(), "package", "version")
+    for name, f in registry.found.items():
+        said = facts(f.cls)
+        table.add_row(name, *(_cell(said[fact]) for fact in columns), f.distribution, f.version)
+    out.print(table)
+    for b in registry.broken:
+        err.print(
+            f"[yellow]The plugin {b.plugin} of {b.distribution} {b.version} cannot be used:[/] {escape(b.reason)}",
+            soft_wrap=True,
+        )
+
+
+def show_one(
+    registry: Registry[P],
+    name: str,
+    facts: dict[str, Any],
+    remark: str = "",
+    more: dict[str, Any] | None = None,
+    *,
+    json: bool,
+) -> None:
+    """One plugin with its settings. *remark* stands behind its summary; JSON has *facts* and, at its end, *more*.
+
+    Raises:
+        ImmaError: there is none of this name.
+    """
+    from imma_cli.attacks.settings import describe
+
+    cls, found = registry.get(name), registry.found[name]
+    settings = describe(cls.Settings)
+    if json:
+        package = {"distribution": found.distribution, "version": found.version}
+        print_json({"name": name, **facts, **package, "settings": [asdict(s) for s in settings], **(more or {})})
+        return
+    package_name = f"{found.distribution} {found.version}"
+    out.print(f"[bold]{name}[/]: {escape(cls.summary)} ({'; '.join(filter(None, (remark, package_name)))})")
+    if not settings:
+        out.print("It has no settings.")
+        return
+    table = Table(
+        "setting", "type", "default", "meaning", title=f"settings: {name}:key=value,...", title_justify="left"
+    )
+    for s in settings:
+        table.add_row(s.name, escape(s.type), escape(str(s.default)), escape(s.meaning))
+    out.print(table)
+
+
+def _cell(value: object) -> str:
+    return "yes" if value is True else "no" if value is False else escape(str(value))
