@@ -25,7 +25,7 @@ class DreamBooth(DreamBoothLoss):
     search: ClassVar = DREAMBOOTH_SEARCH
     presets: ClassVar = {
         "paper": Preset(learning_rate=5e-6, outer_learning_rate=2e-5, steps=1000),
-        "small": Preset(learning_rate=1e-4, outer_learning_rate=1e-4, steps=600),
+        "small": Preset(learning_rate=1e-4, outer_learning_rate=2e-4, steps=600),
     }
 
     @contextmanager
