@@ -7,7 +7,7 @@ One JSON object a line, of three kinds: a `Measurement` for every trial and budg
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, cast
@@ -30,6 +30,7 @@ Scores = dict[str, tuple[float, ...]]
 
 class _Line:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    study: str
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -43,7 +44,8 @@ class _Line:
             raise ValueError(f"its schema is {schema!r}; this version of imma reads schema {SCHEMA}")
         try:
             # through text, because strict JSON takes an array for a tuple and still no "1" for a number
-            return cast("Self", _adapter(cls).validate_json(json.dumps(data, allow_nan=False)))
+            text = json.dumps(data, allow_nan=False)
+            return cast("Self", _adapter(cls).validate_json(text))  # type: ignore[arg-type]  # mypy 2: a class has a hash
         except ValidationError as error:
             found = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
             raise ValueError("; ".join(found)) from None
@@ -53,7 +55,7 @@ class _Line:
 
 
 @cache
-def _adapter(cls: Hashable) -> TypeAdapter[Any]:
+def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
