@@ -204,6 +204,7 @@ def test_an_attack_that_could_not_be_judged_forbids_a_claim() -> None:
     found = verdict([*study(), *unfinished, draws()])
     assert found["verdict"] == "no verdict"
     assert "slow" in found["sentence"]
+    assert "8 trial(s) did not reach the end of the budget" in found["caveats"]
     few = verdict([*study(seeds=2), draws()])
     assert "2 paired seeds" in few["sentence"]
     assert verdict([*study(seeds=2), draws()], min_seeds=2)["verdict"] == "resistant"
@@ -345,6 +346,7 @@ def test_only_a_last_line_that_was_cut_off_is_skipped() -> None:
         ({"extra": 1}, "extra: "),
         ({"loss": float("nan")}, "not JSON compliant"),
         ({"scores": {"clip": [0.1, float("inf")]}}, "not JSON compliant"),
+        ({"loss": 1e200}, "loss: "),
         ({"scores": {"clip": []}}, "no numbers for clip"),
         ({"scores": {"loss": [0.1]}}, "no metric may be called 'loss'"),
         ({"scores": {"clip": [0.1], "dino": [0.1, 0.2]}}, "different numbers"),

@@ -25,7 +25,9 @@ LOSS = "loss"
 Purpose = Literal["harmful", "benign", "search"]
 Model = Literal["original", "hardened", "maximize", "random"]
 Count = Annotated[int, Field(ge=0)]
-Scores = dict[str, tuple[float, ...]]
+Number = Annotated[float, Field(ge=-1e100, le=1e100)]
+"""No similarity and no loss of a training that went well is larger, and the cube of it is still finite."""
+Scores = dict[str, tuple[Number, ...]]
 
 
 class _Line:
@@ -89,7 +91,7 @@ class Measurement(_Line):
     step: Count
     """Optimizer steps done; 0 is the model before the attack."""
     budget: Annotated[int, Field(ge=1)]
-    loss: float | None = None
+    loss: Number | None = None
     """The denoising loss on the judging pictures; None where it was not measured."""
     scores: Scores = field(default_factory=dict)
     """Metric → one number for each generated picture, in a fixed order of prompt × drawing seed: its mean similarity to
@@ -157,7 +159,7 @@ class WeightDistance(_Line):
 
     study: str
     model: Model
-    distances: dict[str, float]
+    distances: dict[str, Number]
     kind: Literal["weights"] = "weights"
     schema: Literal[1] = SCHEMA
 

@@ -164,8 +164,8 @@ def _judge(sgr: Estimate, thresholds: Thresholds) -> tuple[Word, str]:
 def severity(judgement: Judgement) -> tuple[int, float]:
     """Sorts the worst for the defence first: what failed, then what is unknown, then the lowest SGR."""
     order: dict[Word, int] = {"broken": 0, "not resistant": 1, "no verdict": 2, "resistant": 3}
-    known = judgement.sgr is not None and judgement.sgr.estimate is not None
-    return order[judgement.verdict], judgement.sgr.estimate if known else float("inf")  # type: ignore[union-attr,return-value]
+    known = None if judgement.sgr is None else judgement.sgr.estimate
+    return order[judgement.verdict], float("inf") if known is None else known
 
 
 def untouched_similarity(line: Untouched, thresholds: Thresholds) -> dict[str, Estimate]:
@@ -262,9 +262,19 @@ def _exclusions(comparisons: Sequence[Comparison]) -> list[str]:
     one_sided = sum(
         len((each.original.keys() ^ each.other.keys()) - {line.seed for line in each.failed}) for each in comparisons
     )
+    unfinished = sum(
+        each.budget not in curve
+        for each in comparisons
+        for side in (each.original, each.other)
+        for curve in side.values()
+    )
     caveats = []
     if failed:
-        caveats.append(f"{len(failed)} failed trial(s) left out, each with its partner on the other model")
+        caveats.append(
+            f"{len(failed)} failed trial(s) left out, with the partner on the other model unless tried again"
+        )
+    if unfinished:
+        caveats.append(f"{unfinished} trial(s) did not reach the end of the budget")
     if one_sided:
         caveats.append(f"{one_sided} trial(s) without a partner on the other model left out")
     return caveats
