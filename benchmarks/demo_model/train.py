@@ -186,6 +186,11 @@ def augmented(pictures: Tensor) -> Tensor:
     return torch.where(torch.rand(n, 1, 1, 1) < 0.05, -warped, warped).clamp(-1, 1)
 
 
+def edge_difference(y: Tensor, x: Tensor) -> Tensor:
+    """How far neighbouring pixels differ otherwise than they should."""
+    return sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (-1, -2))
+
+
 def autoencoder_loss(pictures: Tensor, batch: int) -> Callable[[nn.ModuleDict], Tensor]:
     def loss_of(modules: nn.ModuleDict) -> Tensor:
         x = augmented(pictures[torch.randint(len(pictures), (batch,))])
@@ -193,9 +198,8 @@ def autoencoder_loss(pictures: Tensor, batch: int) -> Callable[[nn.ModuleDict], 
         posterior = modules["vae"].encode(x).latent_dist
         y = modules["vae"].decode(posterior.sample()).sample
         pixel = (y - x).abs().mean() + 0.5 * (y - x).square().mean()
-        edges = (y.diff(dim=-1) - x.diff(dim=-1)).abs().mean() + (y.diff(dim=-2) - x.diff(dim=-2)).abs().mean()
         kl = posterior.kl().mean() / x[0].numel()  # nats per sub-pixel
-        return pixel + edges + 3e-3 * kl
+        return pixel + edge_difference(y, x) + 3e-3 * kl
 
     return loss_of
 
@@ -253,7 +257,6 @@ def decoder_loss(
         x = torch.cat([seen[rows], extra])
         y = modules["decoder"](modules["post_quant_conv"](latents))
         pixel = (y - x).abs().mean()
-        edges = (y.diff(dim=-1) - x.diff(dim=-1)).abs().mean() + (y.diff(dim=-2) - x.diff(dim=-2)).abs().mean()
 
         judge = modules["discriminator"]
         real, fake = judge(x), judge(y.detach())
@@ -262,7 +265,7 @@ def decoder_loss(
         fake = judge(y)
         judge.requires_grad_(True)
         matching = torch.stack([(f - r.detach()).abs().mean() for f, r in zip(fake[:-1], real[:-1], strict=True)])
-        return pixel + edges + matching.mean() - 0.02 * fake[-1].mean() + judged
+        return pixel + edge_difference(y, x) + matching.mean() - 0.02 * fake[-1].mean() + judged
 
     return loss_of
 

@@ -201,7 +201,7 @@ def _nearby(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"There is no folder {folder} either."
-    names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors" or (p / "model_index.json").is_file())
+    names = sorted(p.name for p in folder.glob("*") if p.suffix == ".safetensors" or (p / "model_index.json").is_file())
     return f"In {folder} there are: {', '.join(names[:5])}." if names else f"There is no checkpoint in {folder}."
 
 

@@ -27,6 +27,6 @@ def demo(
     out.print("\nNext:")
     out.print(
         f'  imma harden {folder / "model.safetensors"} --concept "{concept.text}" '
-        f"--images {folder / 'concepts' / name / 'defend'} --attack lora"
+        f"--images {folder / 'concepts' / name / 'defend'} --attack NAME"
     )
-    out.print("imma attacks lists the other attacks.")
+    out.print("with one of the names that 'imma attacks' lists.")

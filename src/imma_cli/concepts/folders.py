@@ -38,7 +38,7 @@ def read_concept(name: str, folder: Path) -> Concept:
     if not paths and not reasons:
         reasons.append(f"it holds no picture ({', '.join(sorted(s[1:] for s in SUFFIXES))})")
         inside = sorted(
-            f.name for f in folder.iterdir() if f.is_dir() and any(p.suffix.lower() in SUFFIXES for p in f.iterdir())
+            f.name for f in folder.iterdir() if f.is_dir() and any(p.suffix.lower() in SUFFIXES for p in f.glob("*"))
         )
         if inside:
             reasons.append(f"pictures are in its folders {', '.join(inside[:8])}: name one of them")
