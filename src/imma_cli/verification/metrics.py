@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from importlib.metadata import EntryPoint
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from imma_cli.attacks.hookspecs import hookimpl
 from imma_cli.attacks.manager import Kind, Registry, discover_kind
@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-__all__ = ["METRICS", "Metric", "PluginSettings", "discover_metrics", "hookimpl", "parse_metrics"]
+__all__ = ["METRICS", "Metric", "PluginSettings", "default_metrics", "discover_metrics", "hookimpl", "parse_metrics"]
 
 
 class Metric(Plugin):
     """A similarity between pictures: the M of the similarity gap ratio (arXiv 2311.18815). Higher is more similar."""
+
+    by_default: ClassVar[bool] = False
+    """Whether it is used where nobody says which metrics to use."""
 
     def missing(self) -> list[str]:
         """What this metric still lacks on this machine, one sentence each with what to do; empty if it can be used.
@@ -69,6 +72,21 @@ METRICS = Kind("metric", "imma_metrics", Metric)  # type: ignore[type-abstract]
 def discover_metrics(plugins: Iterable[EntryPoint] | None = None) -> Registry[Metric]:
     """The metrics of every entry point in the group ``imma`` (or of *plugins*)."""
     return discover_kind(METRICS, plugins)
+
+
+def default_metrics(registry: Registry[Metric]) -> list[Metric]:
+    """The metrics that are meant to be used by default, as far as they are ready here.
+
+    Raises:
+        ImmaError: none is; says what each lacks.
+    """
+    meant = [found.cls(found.cls.Settings()) for found in registry.found.values() if found.cls.by_default]
+    ready = [metric for metric in meant if not metric.missing()]
+    if not ready:
+        lacks = [f"{metric.name}: {reason}" for metric in meant for reason in metric.missing()]
+        hint = "Install what is missing, or name another with --metric (imma metrics lists them)."
+        raise ImmaError("There is no metric here to compare pictures by.", lacks, hint)
+    return ready
 
 
 def parse_metrics(specs: Iterable[str], registry: Registry[Metric]) -> list[Metric]:
