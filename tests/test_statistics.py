@@ -14,15 +14,8 @@ from scipy import stats
 
 from imma_cli.errors import ImmaError
 from imma_cli.verification.intervals import Array, estimate
-from imma_cli.verification.records import (
-    AttackRecord,
-    Line,
-    Measurement,
-    Records,
-    Untouched,
-    WeightDistance,
-    parse,
-)
+from imma_cli.verification.lines import AttackRecord, Line, Measurement, Untouched, WeightDistance
+from imma_cli.verification.records import Records, parse
 from imma_cli.verification.results import summarize
 from imma_cli.verification.statistics import compare, gain, sgr, steps_to_recover
 from imma_cli.verification.verdict import Thresholds

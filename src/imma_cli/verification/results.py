@@ -7,8 +7,9 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from imma_cli.verification.records import LOSS, Line, Measurement, Records
-from imma_cli.verification.statistics import Comparison, Recovery, compare
+from imma_cli.verification.lines import LOSS, Line, Measurement
+from imma_cli.verification.records import Records
+from imma_cli.verification.statistics import Comparison, Curves, Recovery, compare
 from imma_cli.verification.verdict import Judgement, Thresholds, judge, overall, untouched_similarity, validity
 
 SUMMARY_SCHEMA = 1
@@ -28,10 +29,12 @@ def summarize(measurements: Records | Iterable[Line], thresholds: Thresholds | N
     benign = [each for each in comparisons if each.purpose == "benign" and each.model == "hardened"]
     untouched = {line.model: untouched_similarity(line, thresholds) for line in records.untouched}
     verdict = overall(attacks, benign, untouched.get("hardened", {}), thresholds, records.notes)
-    study = next((line.study for line in (*records.measurements, *records.untouched, *records.weights)), None)
+    lines = (*records.measurements, *records.untouched, *records.weights)
+    study = next((line.study for line in lines), None)
     return {
         "schema": SUMMARY_SCHEMA,
         "study": study,
+        "scope": None if records.study is None else records.study.as_json(),
         "thresholds": asdict(thresholds) | {"metrics": list(thresholds.metrics)},
         "verdict": verdict.as_json(),
         "worst_case": {
@@ -91,7 +94,9 @@ def _comparison(each: Comparison, judgement: Judgement | None, thresholds: Thres
             "metrics": list(valid.metrics),
             "gain": {metric: each.gain(metric, each.budget).as_json() for metric in each.metrics},
             "loss_gain": each.loss_gain(),
+            "sgr_ceiling": {metric: each.ceiling(metric) for metric in each.metrics},
         },
+        "prevented": {metric: each.prevented(metric).as_json() for metric in each.metrics},
         "sgr": {
             metric: [{"step": step, **each.sgr(metric, step).as_json()} for step in each.steps(metric)]
             for metric in each.metrics
@@ -103,8 +108,26 @@ def _comparison(each: Comparison, judgement: Judgement | None, thresholds: Thres
             }
             for metric in with_loss
         },
+        "nearest": {
+            name: _nearest(curves, each.budget)
+            for name, curves in (("original", each.original), (each.model, each.other))
+        },
         "steps_to_recover": {metric: _recovery(*each.recovery(metric, thresholds.recovered)) for metric in with_loss},
         "judgement": None if judgement is None else _judgement(judgement),
+    }
+
+
+def _nearest(curves: Curves, step: int) -> dict[str, dict[str, float]]:
+    """training or judging → metric → mean similarity of the generated pictures to the nearest of these."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for curve in curves.values():
+        if step in curve:
+            for whose, scores in curve[step].nearest.items():
+                for metric, values in scores.items():
+                    found.setdefault(whose, {}).setdefault(metric, []).extend(values)
+    return {
+        whose: {metric: fmean(values) for metric, values in sorted(scores.items())}
+        for whose, scores in sorted(found.items())
     }
 
 

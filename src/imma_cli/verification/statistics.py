@@ -14,7 +14,7 @@ import numpy as np
 
 from imma_cli.errors import ImmaError
 from imma_cli.verification.intervals import LEVEL, Array, Estimate, estimate
-from imma_cli.verification.records import LOSS, AttackRecord, Measurement, Model, Purpose
+from imma_cli.verification.lines import LOSS, AttackRecord, Measurement, Model, Purpose
 
 Curves = dict[int, dict[int, Measurement]]
 """Seed → step → what was measured there."""
@@ -132,6 +132,30 @@ class Comparison:
         if grids is None:
             return self._missing(f"the original was not measured at steps 0 and {step} with the same seed")
         return gain(*grids, level=self.level)
+
+    def ceiling(self, metric: str) -> float | None:
+        """The SGR at the end of the budget of a model on which the attack would add nothing to what the original draws.
+
+        How high an SGR can be depends on the metric: where unrelated pictures are as alike as 0.9, none reaches 0.2.
+        """
+        grids = _grids(metric, (self.original, 0), (self.original, self.budget))
+        if grids is None or grids[1].mean() <= 0:
+            return None
+        return float(1 - grids[0].mean() / grids[1].mean())
+
+    def prevented(self, metric: str) -> Estimate:
+        """The share of what the attack gains on the original that it does not gain on the other model, at the end.
+
+        (M(ref, w/o) − M(ref, w/)) / (M(ref, w/o) − M(ref, before the attack)): the SGR over its ceiling.
+        """
+        start, end = (self.original, 0), (self.original, self.budget)
+        grids = _grids(metric, start, end, (self.other, self.budget))
+        if grids is None:
+            return self._missing("no pair of trials was measured before the attack and at the end")
+        before, without, with_ = grids
+        return estimate(
+            lambda lost, gained: lost / gained, without - with_, without - before, level=self.level, positive=1
+        )
 
     def loss_gain(self) -> float | None:
         """The share of its first loss that the attack takes off on the original; None where it was not measured."""
