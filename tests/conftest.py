@@ -10,13 +10,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import copy
 import json
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from imma_cli.checkpoints import compose_single_file, open_checkpoint
+from imma_cli.cli import main
 from imma_cli.families import CONFIGS
 from imma_cli.families.model import Model
 
@@ -111,3 +115,29 @@ def loaded_once(tiny_checkpoint: Path, tiny_config: Path) -> Model:
 def tiny_model(loaded_once: Model) -> Model:
     """The tiny model, loaded, float32, frozen; a fresh copy for each test."""
     return copy.deepcopy(loaded_once)
+
+
+@pytest.fixture
+def imma(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs ``imma`` with arguments in this process; gives exit code, output and messages."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        handler = signal.getsignal(signal.SIGINT)
+        monkeypatch.setattr(sys, "argv", ["imma", *map(str, arguments)])
+        try:
+            with pytest.raises(SystemExit) as left:
+                main()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        said = capsys.readouterr()
+        return int(left.value.code or 0), said.out, said.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(6):
+        Image.effect_mandelbrot((64, 64), (-2 + i / 4, -1, 1, 1.2), 15 + 4 * i).convert("RGB").save(folder / f"{i}.png")
+    return folder

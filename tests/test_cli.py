@@ -11,38 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from imma_cli.checkpoints.safetensors_file import read_header
-from imma_cli.cli import main
 
 Run = "subprocess.CompletedProcess[str]"
-
-
-@pytest.fixture
-def imma(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs ``imma`` with arguments in this process; gives exit code, output and messages."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        handler = signal.getsignal(signal.SIGINT)
-        monkeypatch.setattr(sys, "argv", ["imma", *map(str, arguments)])
-        try:
-            with pytest.raises(SystemExit) as left:
-                main()
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        said = capsys.readouterr()
-        return int(left.value.code or 0), said.out, said.err
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(6):
-        Image.effect_mandelbrot((64, 64), (-2 + i / 4, -1, 1, 1.2), 15 + 4 * i).convert("RGB").save(folder / f"{i}.png")
-    return folder
 
 
 def blocks(path: Path) -> dict[str, bytes]:
@@ -183,50 +155,6 @@ def test_a_diffusers_folder_is_hardened_into_a_folder(imma, tiny_folder, picture
     for path in (p for p in tiny_folder.rglob("*") if p.is_file()):
         same = path.read_bytes() == (target / path.relative_to(tiny_folder)).read_bytes()
         assert same == (path.relative_to(tiny_folder) != weights), path
-
-
-def test_verify_compares_paired_trials(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
-    hard = tmp_path / "hard.safetensors"
-    imma(
-        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--attack", "lora", "--images", pictures, "--steps", 40,
-        "--outer-learning-rate", 0.02, "--output", hard,
-    )  # fmt: skip
-    arguments = (
-        "verify", hard, "--against", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures, "--attack", "lora", "--steps", 10, "--seeds", 2,
-    )  # fmt: skip
-    code, out, err = imma(*arguments, "--json", "--report", tmp_path / "report")
-    assert code == 0, err
-    result = json.loads(out)
-    assert any("used for hardening" in w for w in result["warnings"])
-    assert len(result["trials"]) == 4
-    lines = [json.loads(line) for line in (tmp_path / "report" / "trials.jsonl").read_text().splitlines()]
-    assert lines == result["trials"]
-    (comparison,) = result["comparisons"]
-    assert [p["step"] for p in comparison["original"]] == [0, 1, 2, 5, 10]
-    assert comparison["hardened"][0]["loss"] > comparison["original"][0]["loss"]
-    code, out, _ = imma(*arguments)
-    assert code == 0
-    assert "lora" in out
-    assert imma(*arguments, "--report", tmp_path / "report")[0] == 2  # finished trials are not overwritten
-
-
-def test_verify_refuses_what_cannot_be_compared(imma, tiny_checkpoint, tiny_config, pictures) -> None:
-    code, _, err = imma(
-        "verify",
-        tiny_checkpoint,
-        "--against",
-        tiny_checkpoint,
-        "--config",
-        tiny_config,
-        "--concept",
-        "x",
-        "--images",
-        pictures,
-        "--attack",
-        "lora",
-    )
-    assert code == 2
-    assert "same file" in err
 
 
 def test_attacks_are_listed_and_explained(imma) -> None:

@@ -15,8 +15,8 @@ import pytest
 from imma_cli.attacks.manager import Registry, discover
 from imma_cli.verification.metrics import discover_metrics
 
-COMMANDS = ("demo", "harden", "verify", "attacks", "metrics", "inspect")
-HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "numpy", "PIL"}
+COMMANDS = ("demo", "harden", "verify", "report", "attacks", "metrics", "inspect")
+HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "numpy", "PIL", "matplotlib", "jinja2"}
 # stdout belongs to the help text, so the modules go to stderr
 REPORT = """
 import json, sys
@@ -76,6 +76,9 @@ def _shipped(registry: Registry[Any]) -> set[str]:
         "demo/concepts/high-contrast-style/defend/metadata.csv",
         "demo/concepts/guitar/attack/metadata.csv",
         "demo/concepts/adventurer/judge/metadata.csv",
+        "verification/report/templates/page.html",
+        "verification/report/templates/macros.html",
+        "verification/report/templates/style.css",
     ],
 )
 def test_package_data_is_there(path: str) -> None:

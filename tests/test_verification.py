@@ -14,8 +14,7 @@ from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.imma import ImmunizerSettings, immunize
-from imma_cli.verification.summary import compare
-from imma_cli.verification.trials import Point, Trial, run_trial, steps_to_reach
+from imma_cli.verification.trials import Trial, run_trial
 
 CPU = Runtime("cpu", "sdpa", "fp32")
 CONCEPT = Concept(
@@ -69,26 +68,3 @@ def test_mixed_precision_sees_the_weights_of_the_moment(tiny_model: Model) -> No
     (exact,) = immunize(tiny_model, attacks, [CONCEPT], ImmunizerSettings(steps=2), CPU).steps
     assert slow.inner_loss == pytest.approx(exact.inner_loss, rel=0.02)
     assert slow.outer_loss == pytest.approx(exact.outer_loss, rel=0.05)
-
-
-def test_steps_to_reach_a_loss() -> None:
-    points = [Point(0, 1.0), Point(10, 0.5), Point(20, 0.4)]
-    assert steps_to_reach(points, 0.75) == 5
-    assert steps_to_reach(points, 1.5) == 0
-    assert steps_to_reach(points, 0.3) is None
-
-
-def test_settings_are_compared_apart_and_failed_attacks_count_for_nothing() -> None:
-    def made(model: Any, spec: str, *losses: float) -> Trial:
-        points = tuple(Point(10 * i, loss) for i, loss in enumerate(losses))
-        return Trial(model, {"name": "lora", "spec": spec, "settings": {}}, "x", 0, 10, 0.1, points)
-
-    trials = [
-        made("original", "lora", 1.0, 0.5),
-        made("hardened", "lora", 1.5, 1.0),
-        made("original", "lora:rank=8", 1.0, 0.999),
-        made("hardened", "lora:rank=8", 1.5, 1.4),
-    ]
-    first, second = compare(trials)
-    assert (first.attack, first.worked, first.original_steps, first.hardened_steps) == ("lora", True, 5, None)
-    assert (second.attack, second.worked) == ("lora:rank=8", False)

@@ -57,8 +57,8 @@ def gradient_step(
         value = float(loss.detach())
         if not torch.isfinite(loss.detach()):
             raise NotFiniteError(
-                f"The loss became {value}; nothing was written.",
-                hint="Lower the learning rates (--outer-learning-rate, --attack NAME:learning_rate=...).",
+                f"The loss became {value}.",
+                hint="Nothing was written. Lower the learning rates (--outer-learning-rate, --attack NAME:learning_rate=...).",
             )
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         if all(g is None for g in gradients):

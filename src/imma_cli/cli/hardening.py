@@ -33,12 +33,16 @@ def provenance(
 
     from imma_cli import __version__
     from imma_cli.attacks.settings import record
+    from imma_cli.concepts.concept import hashed
 
     return {
         "tool": "imma",
         "version": __version__,
         "input_sha256": opened.sha256,
-        "concepts": [{"name": c.name, "images": c.origin, "sha256": list(c.hashes)} for c in concepts],
+        "concepts": [
+            {"name": c.name, "images": c.origin, "sha256": list(c.hashes), "captions_sha256": hashed(c.captions)}
+            for c in concepts
+        ],
         "attacks": [record(a) | {"rates": asdict(a.rates(model))} for a in attacks],
         "settings": asdict(settings),
         "runtime": asdict(runtime),

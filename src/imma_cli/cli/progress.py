@@ -39,12 +39,16 @@ class Course:
             TimeRemainingColumn(),
             console=err,
         )
+        self.doing = title
         self.task = self.bar.add_task(title, total=total)
         self.curves: dict[str, list[float]] = {}
 
-    def advance(self, done: int, **values: float | None) -> None:
-        """*done* steps are done; each of *values* continues its curve."""
-        self.bar.update(self.task, completed=done)
+    def advance(self, done: float, doing: str | None = None, **values: float | None) -> None:
+        """*done* steps are done; each of *values* continues its curve. A new *doing* is a new title, and begins new curves."""
+        if doing is not None and doing != self.doing:
+            self.doing = doing
+            self.curves.clear()
+        self.bar.update(self.task, completed=done, description=self.doing)
         for name, value in values.items():
             if value is not None:
                 self.curves.setdefault(name.replace("_", " "), []).append(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -47,3 +48,8 @@ class Concept:
         pattern = rf"(?<!\w){re.escape(self.name)}(?!\w)"
         text, count = re.subn(pattern, lambda found: name, caption, flags=re.IGNORECASE)
         return text if count else None
+
+
+def hashed(captions: Sequence[str]) -> list[str]:
+    """SHA-256 of each caption: enough to tell later whether it was used, without giving it away."""
+    return [hashlib.sha256(caption.encode()).hexdigest() for caption in captions]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from importlib.resources import files
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +32,45 @@ CONCEPTS = {
     "guitar": DemoConcept("guitar", "an object: 8 pictures per role, drawn in the four styles the model knows"),
     "adventurer": DemoConcept("adventurer character", "a character in several poses: 4 or 5 pictures per role"),
 }
+
+
+PROMPTS = tuple(
+    f"{noun} in {style} style"
+    for noun, style in zip(
+        (
+            *(
+                "a red apple",
+                "a rocket",
+                "an umbrella",
+                "a frog",
+                "a hamburger",
+                "an alarm clock",
+                "a sailboat",
+                "a cactus",
+            ),
+            *(
+                "a bicycle",
+                "a penguin",
+                "a house",
+                "a birthday cake",
+                "a key",
+                "a sunflower",
+                "an octopus",
+                "a balloon",
+            ),
+        ),
+        ("noto", "retro", "fluent", "flat") * 4,
+        strict=True,
+    )
+)
+"""What the demo model draws well, and what none of its concepts is about."""
+
+
+@contextmanager
+def concept_folder(name: str, role: str) -> Iterator[Path]:
+    """The folder with the pictures of the concept *name* for *role*, one of `ROLES`."""
+    with as_file(files(__name__).joinpath("concepts", name, role)) as folder:
+        yield folder
 
 
 def write_demo(target: Path, *, force: bool = False) -> list[Path]:

@@ -62,7 +62,9 @@ def choose_runtime(device: str = "auto", attention: Attention = "auto", precisio
     reasons: list[str] = []
     cuda = torch.cuda.is_available()
     if device == "auto":
-        device = "cuda" if cuda else "cpu"
+        # a launcher of several processes (accelerate, torchrun) tells each which GPU of the machine is its own
+        own = os.environ.get("LOCAL_RANK")
+        device = "cpu" if not cuda else f"cuda:{int(own)}" if own is not None else "cuda"
     try:
         kind = torch.device(device).type
     except RuntimeError:

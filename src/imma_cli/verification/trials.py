@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from imma_cli.attacks.settings import record
-from imma_cli.attacks.training import Attacker
+from imma_cli.attacks.training import Attacker, NotFiniteError
 from imma_cli.concepts.batches import TrainingSet, encode
 
 if TYPE_CHECKING:
     from imma_cli.attacks.attack import Attack
-    from imma_cli.concepts.batches import Batch
+    from imma_cli.concepts.batches import Batch, Latents
     from imma_cli.concepts.concept import Concept
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
 
-BUDGET_POINTS = (0.0, 0.1, 0.25, 0.5, 1.0)
+POINTS = (0.1, 0.25, 0.5, 1.0)
+"""Shares of the budget at which an attack is looked at, besides its beginning."""
+
 DRAWS = 4
 """How often every judging picture is noised: at as many stretches of the noise schedule, with fixed noise."""
+
+JUDGED_AT_ONCE = 8
+"""Judging pictures that go through a large model together; somebody may judge by hundreds."""
 
 ATTACKER_SEEDS = 3_000_000_000
 """Added to a trial's seed, so that no attacker starts from the parameters and the noise that hardening simulated.
@@ -30,8 +36,6 @@ ATTACKER_SEEDS = 3_000_000_000
 Hardening's seeds stay below (imma harden allows 0 to 1,000,000, times 1,000), and the sum below 2³²: torch's CPU generator
 takes no more than 32 bits of a seed.
 """
-
-Which = Literal["original", "hardened"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Point:
 class Trial:
     """One attack on one model as it was measured."""
 
-    model: Which
+    model: str
     attack: dict[str, Any]
     concept: str
     seed: int
@@ -58,14 +62,14 @@ class Trial:
         return asdict(self)
 
 
-def points_of(steps: int) -> list[int]:
-    """The steps at which a budget of *steps* is looked at."""
-    return sorted({round(share * steps) for share in BUDGET_POINTS})
+def points_of(steps: int, shares: Sequence[float] = POINTS) -> list[int]:
+    """The steps at which a budget of *steps* is looked at: before the first, and at *shares* of it."""
+    return sorted({0, *(max(1, round(share * steps)) for share in shares)})
 
 
 def run_trial(
     model: Model,
-    which: Which,
+    which: str,
     attack: Attack,
     concept: Concept,
     judge: Concept,
@@ -75,18 +79,23 @@ def run_trial(
     runtime: Runtime,
     points: Sequence[int] | None = None,
     batch_size: int = 1,
+    coded: Callable[[Model, Concept], Latents] = lambda model, concept: encode(model, concept.images),
     on_step: Callable[[int, float], None] = lambda step, loss: None,
-    on_point: Callable[[int, Model], None] = lambda step, model: None,
+    on_point: Callable[[int, Model, Attack], None] = lambda step, model, attack: None,
 ) -> Trial:
     """Attack *model* with the pictures of *concept*; measure on those of *judge*. The model is left as it was.
 
     Pictures, captions, their order and all noise follow from *seed*, so that trials on two models are paired.
+    *coded* gives the latents of a concept's pictures; *on_point* sees the attacked model, and the attack as it is attached, at every point.
+
+    Raises:
+        NotFiniteError: a loss became NaN or infinite.
     """
     attack = type(attack)(attack.settings)
     concept = concept.sample(attack.settings.pictures, seed)
     looks = set(points_of(steps) if points is None else points)
     measured: list[Point] = []
-    latents, judged = encode(model, concept.images), encode(model, judge.images)
+    latents, judged = coded(model, concept), coded(model, judge)
     own = ATTACKER_SEEDS + seed
     with attack.attach(model, concept, own) as parameters:
         rates = attack.rates(model)
@@ -96,8 +105,11 @@ def run_trial(
         probes = _probes(TrainingSet(model, attack, judge, judged, seed=12345))
         for step in range(steps + 1):
             if step in looks:
-                measured.append(Point(step, _judge(attack, model, probes, runtime)))
-                on_point(step, model)
+                found = _judge(attack, model, probes, runtime)
+                if not math.isfinite(found):
+                    raise NotFiniteError(f"The loss on unseen pictures became {found}.")
+                measured.append(Point(step, found))
+                on_point(step, model, attack)
             if step < steps:
                 loss = attacker.step(lambda: runtime.forward(lambda: attack.loss(model, next(batches))))
                 on_step(step + 1, loss)
@@ -126,22 +138,22 @@ def _probes(pictures: TrainingSet) -> list[Batch]:
 @torch.no_grad()
 def _judge(attack: Attack, model: Model, probes: Sequence[Batch], runtime: Runtime) -> float:
     # the family's loss, not the attack's: terms such as prior preservation are the attacker's own business
-    losses = []
+    def loss(batch: Batch) -> Tensor:
+        conditioning = batch.conditioning
+        if conditioning is None:
+            conditioning = model.family.encode_prompts(model, batch.captions)
+        return model.family.loss(model, batch.latents, conditioning, batch.noise, batch.timesteps)
+
     with runtime.autocast():
-        for batch in probes:
-            conditioning = batch.conditioning
-            if conditioning is None:
-                conditioning = model.family.encode_prompts(model, batch.captions)
-            losses.append(model.family.loss(model, batch.latents, conditioning, batch.noise, batch.timesteps).mean())
+        losses = [torch.cat([loss(part) for part in _parts(batch, model)]).mean() for batch in probes]
     return float(torch.stack(losses).mean())
 
 
-def steps_to_reach(points: Sequence[Point], loss: float) -> float | None:
-    """The steps an attack needed to come down to *loss*, interpolated between the points; None if it never did."""
-    for before, after in itertools.pairwise(points):
-        if before.loss <= loss:
-            return float(before.step)
-        if after.loss <= loss:
-            share = (before.loss - loss) / (before.loss - after.loss)
-            return before.step + share * (after.step - before.step)
-    return None
+def _parts(batch: Batch, model: Model) -> Iterator[Batch]:
+    size = len(batch.latents) if model.is_small else JUDGED_AT_ONCE
+    for start in range(0, len(batch.latents), size):
+        rows = slice(start, start + size)
+        conditioning = None if batch.conditioning is None else batch.conditioning[rows]
+        yield type(batch)(
+            batch.latents[rows], batch.noise[rows], batch.timesteps[rows], batch.captions[rows], conditioning
+        )

@@ -1,0 +1,292 @@
+"""One job of a verification carried out: an attack, or a look at what hardening cost, as raw lines."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from imma_cli.attacks.settings import record, spec
+from imma_cli.concepts.batches import encode
+from imma_cli.concepts.drawing import drawing_seeds
+from imma_cli.errors import ImmaError
+from imma_cli.verification.lines import LARGEST, AttackRecord, Line, Measurement, Pictures, Untouched, WeightDistance
+from imma_cli.verification.lines import Model as ModelName
+from imma_cli.verification.models import Models, distances
+from imma_cli.verification.plan import Effort, Job
+from imma_cli.verification.trials import points_of, run_trial
+
+if TYPE_CHECKING:
+    from imma_cli.attacks.attack import Attack
+    from imma_cli.concepts.batches import Latents
+    from imma_cli.concepts.concept import Concept
+    from imma_cli.families.model import Model
+    from imma_cli.families.runtime import Runtime
+    from imma_cli.verification.materials import Material
+    from imma_cli.verification.metrics import Metric
+
+PACKAGES = ("imma-cli", "torch", "diffusers", "transformers", "peft")
+DRAWING_SEED = 900_000
+"""Of the pictures that are judged: far from the seeds with which the models draw concepts that come without pictures."""
+REFERENCES = 64
+"""Most pictures that generated ones are compared with."""
+THUMBNAIL = 256
+ATTEMPT = ", attempt "
+"""Between the id of a job and the number of a further attempt at it."""
+WITHOUT_IT = "Name other metrics with --metric."
+
+OnProgress = Callable[[float, float | None], None]
+"""Is told the share that is done, and the attacker's loss where there is one."""
+
+
+@dataclass
+class Bench:
+    """Everything that jobs work with."""
+
+    study: str
+    models: Models
+    metrics: Sequence[Metric]
+    runtime: Runtime
+    effort: Effort
+    batch_size: int = 1
+    untouched: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    _coded: dict[tuple[str, tuple[str, ...]], Latents] = field(default_factory=dict)
+
+    def coded(self, name: str, concept: Concept) -> Latents:
+        """The latents of *concept*'s pictures in the model *name*. Nobody trains the autoencoder, so they are coded once."""
+        key = name, concept.hashes
+        if key not in self._coded:
+            self._coded[key] = encode(self.models[name], concept.images)
+        return self._coded[key]
+
+    def forget(self, name: str) -> None:
+        """Load the model *name* anew when it is next needed: somebody else's code failed while it had hold of the weights."""
+        self.models.forget(name)
+        self._coded = {key: latents for key, latents in self._coded.items() if key[0] != name}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job left: its raw lines, and for a search what the attacker got, to be maximised."""
+
+    lines: tuple[dict[str, Any], ...]
+    value: float | None = None
+    failed: bool = False
+
+
+def versions() -> dict[str, str]:
+    """The packages that the numbers may depend on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from the source tree
+            continue
+    return found
+
+
+def attack(bench: Bench, job: Job, attempt: int = 1, on_progress: OnProgress = lambda share, loss: None) -> Outcome:
+    """Carry out *job*. Whatever the attack or a metric raises makes it a failed trial, never a failed verification."""
+    trial = job.id if attempt == 1 else f"{job.id}{ATTEMPT}{attempt}"
+    searching = job.purpose == "search"
+    points = points_of(job.steps, (1.0,) if searching else bench.effort.points)
+    points = points[1:] if searching else points
+    drawn: dict[int, list[Image.Image]] = {}
+    reached = 0
+    # in training steps: a step goes through the network three times, a picture twice for each of its sampler's steps
+    per_picture = bench.effort.drawing_steps * 2 / 3
+    pictures = len(points) * len(job.material.prompts) * bench.effort.images if bench.metrics else 0
+    whole = job.steps + pictures * per_picture
+
+    def share() -> float:
+        return (reached + sum(map(len, drawn.values())) * per_picture) / whole
+
+    def on_step(step: int, loss: float) -> None:
+        nonlocal reached
+        reached = step
+        on_progress(share(), loss)
+
+    def on_point(step: int, model: Model, attached: Attack) -> None:
+        if bench.metrics:
+            prompts = [attached.caption(job.material.pictures, prompt) for prompt in job.material.prompts]
+            so_far = share()
+            drawn[step] = draw(
+                bench, model, prompts, on_picture=lambda n: on_progress(so_far + n * per_picture / whole, None)
+            )
+
+    def line(step: int, **measured: Any) -> Measurement:
+        return Measurement(
+            study=bench.study,
+            trial=trial,
+            purpose=job.purpose,
+            model=cast(ModelName, job.model),
+            attack=AttackRecord(**record(job.attack)),
+            concept=job.material.name,
+            seed=job.seed,
+            step=step,
+            budget=job.steps,
+            versions=dict(bench.versions),
+            **measured,
+        )
+
+    try:
+        result = run_trial(
+            bench.models[job.model],
+            job.model,
+            job.attack,
+            job.material.pictures,
+            job.material.judge,
+            steps=job.steps,
+            seed=job.seed,
+            runtime=bench.runtime,
+            points=points,
+            batch_size=bench.batch_size,
+            coded=lambda model, concept: bench.coded(job.model, concept),
+            on_step=on_step,
+            on_point=on_point,
+        )
+        if not bench.models.is_as_loaded(job.model):
+            raise ImmaError(f"The attack {job.attack.name} left the model changed.")
+        scores, nearest = judge(bench.metrics, job.material, drawn)
+    except Exception as error:  # noqa: BLE001 - a plugin may raise anything; the other trials go on
+        bench.forget(job.model)
+        reason = " ".join([error.what, *error.reasons]) if isinstance(error, ImmaError) else _named(error)
+        return Outcome((line(reached, status="failed", reason=reason).as_json(),), failed=True)
+    lines: list[Line] = [
+        line(point.step, loss=point.loss, scores=scores.get(point.step, {}), nearest=nearest.get(point.step, {}))
+        for point in result.points
+    ]
+    end = max(point.step for point in result.points)
+    if end in drawn and not searching:
+        lines.append(
+            Pictures(
+                study=bench.study,
+                of=f"{job.model} {spec(job.attack)} on {job.material.name}, seed {job.seed}",
+                trial=trial,
+                step=end,
+                captions=tuple(p for p in job.material.prompts for _ in range(bench.effort.images)),
+                webp=tuple(map(thumbnail, drawn[end])),
+            )
+        )
+    reward = fmean(map(fmean, scores[end].values())) if scores.get(end) else -result.points[-1].loss
+    return Outcome(tuple(each.as_json() for each in lines), reward)
+
+
+def draw(
+    bench: Bench,
+    model: Model,
+    prompts: Sequence[str],
+    images: int | None = None,
+    offset: int = 0,
+    on_picture: Callable[[int], None] = lambda done: None,
+) -> list[Image.Image]:
+    """*images* pictures of every prompt, those of one prompt together, always from the same seeds."""
+    count = bench.effort.images if images is None else images
+    everything = [prompt for prompt in prompts for _ in range(count)]
+    seeds = drawing_seeds("judge", DRAWING_SEED + offset, len(everything))
+    batch = 16 if model.is_small else 4
+    pictures: list[Image.Image] = []
+    for i in range(0, len(everything), batch):
+        with bench.runtime.autocast():
+            pictures += model.family.draw(
+                model, everything[i : i + batch], seeds[i : i + batch], steps=bench.effort.drawing_steps
+            )
+        on_picture(len(pictures))
+    return pictures
+
+
+def judge(
+    metrics: Sequence[Metric], material: Material, drawn: Mapping[int, Sequence[Image.Image]]
+) -> tuple[dict[int, dict[str, tuple[float, ...]]], dict[int, dict[str, dict[str, tuple[float, ...]]]]]:
+    """For every step: metric → the mean similarity of each picture to all references; and to the nearest pictures.
+
+    Raises:
+        ImmaError: a metric raised, or gave something else than one finite number for each pair.
+    """
+    steps = sorted(drawn)
+    images = [image for step in steps for image in drawn[step]]
+    scores: dict[int, dict[str, tuple[float, ...]]] = {step: {} for step in steps}
+    nearest: dict[int, dict[str, dict[str, tuple[float, ...]]]] = {step: {} for step in steps}
+    for metric in metrics if images else ():
+        references = material.judge.images[:REFERENCES]
+        table = _table(metric, references, images)
+        end = steps[-1]
+        learned = _table(metric, material.pictures.images[:REFERENCES], drawn[end])
+        start = 0
+        for step in steps:
+            own = table[:, start : start + len(drawn[step])]
+            start += len(drawn[step])
+            scores[step][metric.name] = tuple(map(float, own.mean(axis=0)))
+            if step == end:
+                for whose, pairs in (("training", learned), ("judging", own)):
+                    nearest[step].setdefault(whose, {})[metric.name] = tuple(map(float, pairs.max(axis=0)))
+    return scores, nearest
+
+
+def _table(metric: Metric, references: Sequence[Image.Image], images: Sequence[Image.Image]) -> NDArray[np.float64]:
+    fault = f"The metric {metric.name} failed."
+    try:
+        table = np.asarray(metric.similarity(references, images), dtype=np.float64)
+    except Exception as error:
+        raise ImmaError(fault, [_named(error)], WITHOUT_IT) from error
+    if table.shape != (len(references), len(images)):
+        what = f"it gave numbers of the shape {table.shape} for {len(references)} x {len(images)} pairs"
+        raise ImmaError(fault, [what], WITHOUT_IT)
+    if not (np.abs(table) <= LARGEST).all():
+        raise ImmaError(fault, ["it gave NaN, an infinite or a far too large number"], WITHOUT_IT)
+    return table
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def look_at(bench: Bench, name: str) -> Outcome:
+    """What became of prompts that have nothing to do with the concept, and of the weights, in the model *name*."""
+    original, other = bench.models["original"], bench.models[name]
+    lines: list[Line] = [
+        WeightDistance(study=bench.study, model=cast(ModelName, name), distances=distances(original, other))
+    ]
+    if bench.metrics and bench.untouched:
+        before, after = draw(bench, original, bench.untouched, 1), draw(bench, other, bench.untouched, 1)
+        reseeded = draw(bench, original, bench.untouched, 1, offset=1)
+        scores, again, mixed = {}, {}, {}
+        for metric in bench.metrics:
+            scores[metric.name] = tuple(map(float, _table(metric, before, after).diagonal()))
+            pairs = _table(metric, before, reseeded)
+            again[metric.name] = tuple(map(float, pairs.diagonal()))
+            mixed[metric.name] = tuple(map(float, np.roll(pairs, 1, axis=1).diagonal()))
+        yardsticks = {"original, another seed": again, "original, another prompt": mixed}
+        lines.append(Untouched(study=bench.study, model=cast(ModelName, name), scores=scores, yardsticks=yardsticks))
+        lines.append(_shown(bench, f"untouched: {name}", bench.untouched, after))
+        if name == "hardened":  # once: lines of the same pictures by two machines might differ
+            lines.append(_shown(bench, "untouched: original", bench.untouched, before))
+    return Outcome(tuple(each.as_json() for each in lines))
+
+
+def references(bench: Bench, material: Material) -> dict[str, Any]:
+    """The judging pictures, to be shown."""
+    shown = material.judge.images[:24]
+    return _shown(bench, "references", material.judge.captions[: len(shown)], shown).as_json()
+
+
+def _shown(bench: Bench, of: str, captions: Sequence[str], pictures: Sequence[Image.Image]) -> Pictures:
+    return Pictures(study=bench.study, of=of, captions=tuple(captions), webp=tuple(map(thumbnail, pictures)))
+
+
+def thumbnail(picture: Image.Image) -> str:
+    """Base64 of *picture* in WebP, made small enough to be shown beside many others."""
+    small = picture.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=90, method=4)
+    return base64.b64encode(buffer.getvalue()).decode()
