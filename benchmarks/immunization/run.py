@@ -31,6 +31,7 @@ logging.getLogger("xformers").setLevel(logging.ERROR)
 import torch
 from PIL import Image, ImageDraw
 
+from imma_cli.attacks.attack import Attack
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
 from imma_cli.checkpoints import open_checkpoint
@@ -40,7 +41,7 @@ from imma_cli.demo import CONCEPTS, write_demo
 from imma_cli.families.model import Model
 from imma_cli.families.runtime import choose_runtime
 from imma_cli.verification.effnet import content_features, cosine
-from imma_cli.verification.summary import compare
+from imma_cli.verification.statistics import steps_to_recover
 from imma_cli.verification.trials import Trial, run_trial
 
 HERE = Path(__file__).parent
@@ -163,12 +164,11 @@ def run_case(folder: Path, original: Model, attack: str, concept: str, seeds: in
     trials, rows = attack_both(folder, original, model, attack, concept, budget, seeds)
     (results / f"{name}.jsonl").write_text("".join(json.dumps(trial.as_json()) + "\n" for trial in trials))
     sheet(rows, results / f"{name}.png")
-    (comparison,) = compare(trials)
     result = {
         "hardening": hardening,
         "simulated_inner_steps": budget // 2,
         "attack_steps": budget,
-        "comparison": comparison.as_json(),
+        "comparison": compare(trials),
         "prevented_at_end": prevented(trials),
         "untouched_similarity": untouched(original, model),
     }
@@ -222,7 +222,7 @@ def attack_both(
     for seed in range(seeds):
         for which, model in (("original", original), ("hardened", hardened)):
 
-            def look(step: int, attacked: Model, seed: int = seed, which: str = which) -> None:
+            def look(step: int, attacked: Model, attack: Attack, seed: int = seed, which: str = which) -> None:
                 if seed == 0 and step in looks:
                     drawn[step, which] = draw(attacked, prompts, 7)
 
@@ -243,6 +243,25 @@ def attack_both(
     rows: list[tuple[str, Sequence[Image.Image]]] = [("real (unseen by the attacker)", judge.images[:PICTURED])]
     rows += [(f"{which}, step {step}", drawn[step, which]) for step in looks for which in ("original", "hardened")]
     return trials, rows
+
+
+def compare(trials: Sequence[Trial]) -> dict[str, Any]:
+    """The mean loss on both models along the budget, and the steps that each takes to half the gain on the original."""
+    curves = {
+        which: {
+            group[0].step: fmean(point.loss for point in group)
+            for group in zip(*(t.points for t in trials if t.model == which), strict=True)
+        }
+        for which in ("original", "hardened")
+    }
+    needed = steps_to_recover(curves["original"], curves["hardened"], share=0.5, lower_is_better=True)
+    return {
+        "attack": trials[0].attack["spec"],
+        "seeds": len({t.seed for t in trials}),
+        **{which: [{"step": s, "loss": loss} for s, loss in curve.items()] for which, curve in curves.items()},
+        "halfway_loss": needed.target,
+        "steps_to_halfway": {"original": needed.original_steps, "hardened": needed.steps},
+    }
 
 
 def prevented(trials: Sequence[Trial]) -> dict[str, float]:
