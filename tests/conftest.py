@@ -8,8 +8,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import copy
-import json
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -19,32 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from imma_cli.checkpoints import compose_single_file, open_checkpoint
+from imma_cli.attacks import testing
+from imma_cli.checkpoints import open_checkpoint
 from imma_cli.cli import main
-from imma_cli.families import CONFIGS
 from imma_cli.families.model import Model
 
 torch.set_num_threads(1)
-
-CHANGES: dict[str, dict[str, Any]] = {
-    "unet": {
-        "_diffusers_version": "0.42.1",  # below 0.9, a pipeline takes every sample_size under 64 for a mistake and sets 64
-        "block_out_channels": [8, 16, 24, 24],
-        "norm_num_groups": 4,
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-        "sample_size": 8,
-    },
-    "vae": {"block_out_channels": [4, 8, 12, 12], "norm_num_groups": 4, "sample_size": 64},
-    "text_encoder": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "projection_dim": 16,
-    },
-}
-"""How the tiny model differs from the demo: widths only, so that its topology is Stable Diffusion 1.x's."""
 
 
 @pytest.fixture(autouse=True)
@@ -55,47 +33,19 @@ def seed() -> None:
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configuration folder of the tiny model, with the demo's tokenizer (2858 tokens)."""
-    folder = tmp_path_factory.mktemp("tiny") / "config"
-    shutil.copytree(CONFIGS / "demo", folder)
-    for part, changes in CHANGES.items():
-        path = folder / part / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2))
-    return folder
+    return testing.tiny_config(tmp_path_factory.mktemp("tiny") / "config")
 
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tiny_config: Path) -> Any:
     """The tiny model as a diffusers pipeline, fp16, with seeded random weights."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-
-    def described(part: str) -> dict[str, Any]:
-        return json.loads((tiny_config / part / "config.json").read_text())
-
-    return StableDiffusionPipeline(
-        unet=UNet2DConditionModel.from_config(described("unet")),
-        vae=AutoencoderKL.from_config(described("vae")),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**described("text_encoder"))).eval(),
-        tokenizer=CLIPTokenizer.from_pretrained(tiny_config / "tokenizer"),
-        scheduler=PNDMScheduler.from_pretrained(tiny_config / "scheduler"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(dtype=torch.float16)
+    return testing.tiny_pipeline(tiny_config)
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tiny_pipeline: Any, tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as one ``.safetensors`` file in SD 1.x's layout. Never write to it: copy it first."""
-    from safetensors.torch import save_file
-
-    from imma_cli.families.stable_diffusion_1 import StableDiffusion1
-
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
-    save_file(compose_single_file(StableDiffusion1().assemble(tiny_pipeline), tiny_config), path, {"format": "pt"})
-    return path
+    return testing.tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))[0]
 
 
 @pytest.fixture(scope="session")

@@ -2,80 +2,45 @@
 
 from __future__ import annotations
 
-import copy
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
-from imma_cli.attacks import Choice, Preset
+from imma_cli.attacks import Preset
 from imma_cli.attacks.manager import discover
-from imma_cli.attacks.settings import describe, parse_attacks, record
+from imma_cli.attacks.settings import parse_attacks, record
+from imma_cli.attacks.testing import AttackContract, example_concept
 from imma_cli.attacks.training import Attacker
-from imma_cli.concepts.batches import TrainingSet, encode
-from imma_cli.concepts.concept import Concept
 from imma_cli.errors import ImmaError
 from imma_cli.families.model import Model
 
 REGISTRY = discover()
-CONCEPT = Concept(
-    "blue style",
-    tuple(Image.new("RGB", (64, 64), (20 * i, 40, 200)) for i in range(3)),
-    ("a cat in blue style", "a dog in Blue Style", "blue style"),
-    "test",
-)
-SPECS = [
-    "lora",
-    "lora:rank=2",
-    "dreambooth",
-    "dreambooth:prior_weight=1,prior_images=2",
-    "dreambooth-lora:token=zwx,class_noun=cat",
-    "lora:targets=everything,optimizer=radam,schedule=cosine,warmup=0.2",
-    "lora:targets=cross-attention,optimizer=adafactor",
-    "textual-inversion",
-    "textual-inversion:tokens=3,initializer=cat",
-]
+CONCEPT = example_concept()
+FURTHER = {
+    "lora": (
+        "rank=2",
+        "targets=everything,optimizer=radam,schedule=cosine,warmup=0.2",
+        "targets=cross-attention,optimizer=adafactor",
+    ),
+    "dreambooth": ("prior_weight=1,prior_images=2",),
+    "dreambooth-lora": ("token=zwx,class_noun=cat",),
+    "textual-inversion": ("tokens=3,initializer=cat",),
+}
+"""Settings other than the defaults with which an attack has to keep the contract, too."""
+
+for shipped, found_class in REGISTRY.found.items():
+    test = f"TestTheContractOf_{shipped.replace('-', '_')}"
+    globals()[test] = type(
+        test, (AttackContract,), {"attack": found_class.cls, "settings": ("", *FURTHER.get(shipped, ()))}
+    )
 
 
 def test_the_shipped_attacks_are_found_through_entry_points() -> None:
     assert REGISTRY.broken == ()
     assert {"lora", "dreambooth", "dreambooth-lora", "textual-inversion"} <= set(REGISTRY.found)
     assert all(found.distribution == "imma-cli" for found in REGISTRY.found.values())
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_an_attack_learns_and_leaves_no_trace(tiny_model: Model, spec: str) -> None:
-    (attack,) = parse_attacks([spec], REGISTRY)
-    model = tiny_model
-    before = {part: copy.deepcopy(net.state_dict()) for part, net in model.networks.items()}
-    objects = {id(p) for net in model.networks.values() for p in net.parameters()}
-    tokens = len(model.tokenizer)
-    with pytest.raises(RuntimeError, match="in the middle"), attack.attach(model, CONCEPT, 0) as parameters:
-        stream = iter(TrainingSet(model, attack, CONCEPT, encode(model, CONCEPT.images), seed=0))
-        batch = next(stream)
-        attacker = Attacker(parameters, attack.rates(model), attack.settings, 12)
-        losses = [attacker.step(lambda: attack.loss(model, batch)) for _ in range(12)]
-        assert losses[-1] < losses[0]
-        raise RuntimeError("in the middle")
-    assert {id(p) for net in model.networks.values() for p in net.parameters()} == objects
-    assert len(model.tokenizer) == tokens
-    for part, network in model.networks.items():
-        after = network.state_dict()
-        assert list(after) == list(before[part])
-        assert all(torch.equal(after[k], v) for k, v in before[part].items())
-        assert not any(p.requires_grad for p in network.parameters())
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_the_same_seed_attaches_the_same_parameters(tiny_model: Model, spec: str) -> None:
-    (attack,) = parse_attacks([spec], REGISTRY)
-    values = []
-    for seed in (5, 5):
-        with attack.attach(tiny_model, CONCEPT, seed) as parameters:
-            values.append({n: p.detach().clone() for n, p in parameters.items()})
-    assert all(torch.equal(values[0][n], values[1][n]) for n in values[0])
 
 
 def test_what_attackers_write_below_the_pictures() -> None:
@@ -107,17 +72,6 @@ def test_where_matrices_go_follows_the_targets(tiny_model: Model) -> None:
             counts[targets] = len(parameters)
             assert targets != "cross-attention" or all(".attn2." in name for name in parameters)
     assert list(counts.values()) == sorted(set(counts.values()))
-
-
-def test_every_value_of_every_search_space_can_be_set(tiny_model: Model) -> None:
-    for found in REGISTRY.found.values():
-        for name, space in found.cls.search.items():
-            if isinstance(space, Choice):
-                for option in space.options:
-                    (attack,) = parse_attacks([f"{found.cls.name}:{name}={option}"], REGISTRY)
-                    assert getattr(attack.settings, name) == option
-            else:
-                assert space.low < space.high
 
 
 def test_the_rate_follows_its_schedule_and_the_pictures_their_number() -> None:
@@ -176,9 +130,7 @@ def test_an_unknown_preset_is_refused(tiny_model: Model) -> None:
         parse_attacks(["lora:preset=nope"], REGISTRY)[0].rates(tiny_model)
 
 
-def test_settings_are_described_and_recorded() -> None:
-    for found in REGISTRY.found.values():
-        assert all(s.meaning for s in describe(found.cls.Settings)), found.cls.name
+def test_settings_are_recorded() -> None:
     assert record(parse_attacks(["lora:rank=8"], REGISTRY)[0])["settings"]["rank"] == 8
 
 

@@ -20,6 +20,7 @@ class DreamBooth(DreamBoothLoss):
 
     name = "dreambooth"
     summary = "all of the UNet learns a rare token, optionally with prior preservation"
+    trains = "all weights of the UNet"
     Settings = DreamBoothSettings
     in_place = True
     search: ClassVar = DREAMBOOTH_SEARCH

@@ -36,6 +36,7 @@ class DreamBoothLora(DreamBoothLoss):
 
     name = "dreambooth-lora"
     summary = "LoRA on the UNet's attention learns a rare token, optionally with prior preservation"
+    trains = "LoRA matrices beside layers of the UNet"
     Settings = DreamBoothLoraSettings
     settings: DreamBoothLoraSettings
     search: ClassVar = {**DREAMBOOTH_SEARCH, "rank": Choice((1, 4, 16)), "targets": Choice(tuple(TARGETS))}

@@ -42,6 +42,7 @@ class Lora(Attack):
 
     name = "lora"
     summary = "LoRA on the UNet's attention, trained on captioned pictures"
+    trains = "LoRA matrices beside layers of the UNet"
     paper = "arXiv 2106.09685"
     Settings = LoraSettings
     settings: LoraSettings

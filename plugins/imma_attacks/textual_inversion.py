@@ -56,6 +56,7 @@ class TextualInversion(Attack):
 
     name = "textual-inversion"
     summary = "only the embeddings of new words are learned"
+    trains = "embeddings of new words"
     paper = "arXiv 2208.01618"
     Settings = TextualInversionSettings
     settings: TextualInversionSettings

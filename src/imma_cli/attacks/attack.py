@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from imma_cli.concepts.batches import Batch
     from imma_cli.concepts.concept import Concept
+    from imma_cli.families.family import Family
     from imma_cli.families.model import Model
 
 
@@ -96,6 +97,10 @@ class Attack(Plugin):
     """
 
     paper: ClassVar[str]
+    trains: ClassVar[str] = ""
+    """What kind of thing is trained, in a few words, such as "LoRA matrices in the UNet's attention"."""
+    families: ClassVar[tuple[str, ...] | None] = None
+    """Names of the model families it can be attached to; None: every family, also those to come."""
     Settings: ClassVar[type[AttackSettings]] = AttackSettings
     presets: ClassVar[Mapping[str, Preset]]
     search: ClassVar[Mapping[str, Space]] = COMMON_SEARCH
@@ -112,6 +117,14 @@ class Attack(Plugin):
 
         Leaving the context gives the model back bit-identical, also after an exception.
         """
+
+    def require_family(self, family: Family) -> None:
+        """Raises ImmaError where the attack cannot be attached to models of *family*."""
+        if self.families is not None and family.name not in self.families:
+            raise ImmaError(
+                f"The attack {self.name} does not work on {family.title}.",
+                hint=f"It works on: {', '.join(self.families)}.",
+            )
 
     def caption(self, concept: Concept, caption: str) -> str:
         """What this attacker writes below a picture of *concept* that came with *caption*."""

@@ -50,7 +50,12 @@ class Kind(Generic[P]):
         self.further(cls)
 
 
-def _rates_and_search_are_complete(attack: type[Attack]) -> None:
+def _facts_are_complete(attack: type[Attack]) -> None:
+    families = attack.families
+    if families is not None and not (
+        isinstance(families, tuple) and families and all(isinstance(f, str) for f in families)
+    ):
+        raise TypeError(f"{attack.__name__}.families is no tuple of families' names, nor None for all: {families!r}")
     lacking = sorted({"paper", "small"} - set(attack.presets))
     if lacking:
         raise TypeError(f"{attack.__name__}.presets lacks {' and '.join(lacking)}")
@@ -64,7 +69,7 @@ ATTACKS = Kind(
     "imma_attacks",
     Attack,  # type: ignore[type-abstract]
     ("name", "summary", "paper", "presets"),
-    _rates_and_search_are_complete,
+    _facts_are_complete,
 )
 
 

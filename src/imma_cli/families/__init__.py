@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 CONFIGS = Path(__file__).parent / "configs"
 """Configuration folders in diffusers' layout, one per architecture that the package knows."""
 
+FAMILIES = {"sd1": "Stable Diffusion 1.x"}
+"""The families that imma knows, by `Family.name`, with their titles. Known without torch."""
+
 
 def family_named(name: str) -> Family:
     """The family whose ``Family.name`` is *name*. Imports torch. Raises KeyError for a name there is none of."""
