@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -132,39 +129,3 @@ def test_an_unknown_preset_is_refused(tiny_model: Model) -> None:
 
 def test_settings_are_recorded() -> None:
     assert record(parse_attacks(["lora:rank=8"], REGISTRY)[0])["settings"]["rank"] == 8
-
-
-PLUGINS = {
-    "raises": "raise OSError('no library')",
-    "misspelt": "from imma_cli.attacks import hookimpl\n@hookimpl\ndef imma_atacks():\n    return []",
-    "no_settings": (
-        "from imma_cli.attacks import Attack, hookimpl\n"
-        "class A(Attack):\n    name = 'a'; summary = 's'; paper = 'p'; presets = {}\n    Settings = dict\n"
-        "    def attach(self, model, concept, seed): ...\n"
-        "@hookimpl\ndef imma_attacks():\n    return [A]"
-    ),
-    "nameless": (
-        "from imma_cli.attacks import Attack, hookimpl\nclass A(Attack):\n    def attach(self, model, concept, seed): ...\n"
-        "@hookimpl\ndef imma_attacks():\n    return [A]"
-    ),
-    "twin": (
-        "from imma_attacks.lora import Lora\nfrom imma_cli.attacks import hookimpl\n@hookimpl\ndef imma_attacks():\n    return [Lora]"
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PLUGINS)
-def test_a_broken_plugin_is_reported_and_the_rest_works(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / f"plugin_{name}.py").write_text(PLUGINS[name])
-    monkeypatch.syspath_prepend(tmp_path)
-    good = EntryPoint("lora", "imma_attacks.lora", "imma")
-    registry = discover([good, EntryPoint(f"z-{name}", f"plugin_{name}", "imma")])
-    assert set(registry.found) == {"lora"}
-    (broken,) = registry.broken
-    assert broken.plugin == f"z-{name}"
-    assert broken.reason
-    with pytest.raises(ImmaError) as caught:
-        registry.get("a")
-    assert f"z-{name}" in str(caught.value)

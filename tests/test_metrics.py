@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from imma_cli.attacks import manager
+from imma_cli.attacks import manager, points
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import describe, record
 from imma_cli.cli import main
@@ -344,7 +344,7 @@ def test_the_command_lists_metrics_and_what_they_lack(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = EntryPoint("gone", "no_such_module_of_metrics", "imma")
-    monkeypatch.setattr(manager, "entry_points", lambda group: [*POINTS, broken])
+    monkeypatch.setattr(points, "entry_points", lambda group: [*POINTS, broken])
 
     def imma(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["imma", "metrics", *arguments])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, Generic, TypeVar
 
 import pluggy
@@ -13,6 +15,7 @@ import pluggy
 from imma_cli.attacks import hookspecs
 from imma_cli.attacks.attack import Attack
 from imma_cli.attacks.plugin import Plugin
+from imma_cli.attacks.points import in_order, plugin_points
 from imma_cli.errors import ImmaError
 
 P = TypeVar("P", bound=Plugin)
@@ -59,6 +62,8 @@ def _facts_are_complete(attack: type[Attack]) -> None:
     lacking = sorted({"paper", "small"} - set(attack.presets))
     if lacking:
         raise TypeError(f"{attack.__name__}.presets lacks {' and '.join(lacking)}")
+    if not isinstance(attack.trains, str):
+        raise TypeError(f"{attack.__name__}.trains is no text: {attack.trains!r}")
     unknown = sorted(set(attack.search) - {field.name for field in fields(attack.Settings)})
     if unknown:
         raise TypeError(f"{attack.__name__}.search names {', '.join(unknown)}, no settings of the attack")
@@ -80,11 +85,13 @@ class Found(Generic[P]):
     cls: type[P]
     distribution: str
     version: str
+    plugin: str = ""
+    """The entry point's name, as ``IMMA_DISABLE_PLUGINS`` takes it."""
 
 
 @dataclass(frozen=True)
-class Broken:
-    """A plugin that could not be used, and why."""
+class Unused:
+    """A plugin that is not used, and why: it is broken, or switched off."""
 
     plugin: str
     distribution: str
@@ -94,11 +101,12 @@ class Broken:
 
 @dataclass(frozen=True)
 class Registry(Generic[P]):
-    """Everything of one kind by name, and the plugins that are broken."""
+    """Everything of one kind by name, and the plugins that are broken or switched off."""
 
     kind: Kind[P]
     found: dict[str, Found[P]]
-    broken: tuple[Broken, ...]
+    broken: tuple[Unused, ...]
+    disabled: tuple[Unused, ...] = ()
 
     def get(self, name: str) -> type[P]:
         """The class called *name*.
@@ -112,7 +120,8 @@ class Registry(Generic[P]):
         hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(sorted(self.found))}."
         raise ImmaError(
             f"There is no {self.kind.noun} called {name!r}.",
-            [f"the plugin {b.plugin} of {b.distribution} could not be used: {b.reason}" for b in self.broken],
+            [f"the plugin {b.plugin} of {b.distribution} could not be used: {b.reason}" for b in self.broken]
+            + [f"the plugin {d.plugin} of {d.distribution} is {d.reason}" for d in self.disabled],
             hint,
         )
 
@@ -125,32 +134,47 @@ def discover(plugins: Iterable[EntryPoint] | None = None) -> Registry[Attack]:
 def discover_kind(kind: Kind[P], plugins: Iterable[EntryPoint] | None = None) -> Registry[P]:
     """Everything of *kind* that the entry points in the group ``imma`` (or *plugins*) bring."""
     found: dict[str, Found[P]] = {}
-    broken: list[Broken] = []
-    points = entry_points(group=hookspecs.PROJECT) if plugins is None else plugins
-    for point in sorted(points, key=lambda p: p.name):
-        distribution = point.dist.name if point.dist else "unknown"
-        version = point.dist.version if point.dist else "unknown"
+    broken: list[Unused] = []
+    disabled: list[Unused] = []
+    for entry, package, switched_off in plugin_points() if plugins is None else in_order(plugins):
+        if switched_off:
+            disabled.append(Unused(entry.name, *package, f"switched off by {switched_off}"))
+            continue
         try:
-            for cls in _brought(kind, point):
+            # a plugin is used whole or not at all
+            classes = _brought(kind, entry)
+            for cls in classes:
                 if cls.name in found:
                     other = found[cls.name].distribution
                     raise ValueError(f"the {kind.noun} {cls.name} is already registered by {other}")
-                found[cls.name] = Found(cls, distribution, version)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - somebody else's code may raise anything at import
-            broken.append(Broken(point.name, distribution, version, f"{type(error).__name__}: {error}"))
-    return Registry(kind, found, tuple(broken))
+            broken.append(Unused(entry.name, *package, f"{type(error).__name__}: {error}"))
+        else:
+            found |= {cls.name: Found(cls, *package, entry.name) for cls in classes}
+    return Registry(kind, found, tuple(broken), tuple(disabled))
 
 
-def _brought(kind: Kind[P], point: EntryPoint) -> list[type[P]]:
+def _brought(kind: Kind[P], entry: EntryPoint) -> list[type[P]]:
     # A manager for each plugin, so that a hook with a wrong name or signature spoils only the plugin it stands in.
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    manager.register(point.load(), name=point.name)
-    manager.check_pending()
-    classes = [cls for many in getattr(manager.hook, kind.hook)() for cls in many]
-    # What a plugin brings of another kind is that kind's business; here it only has to bring something.
-    if not classes and not any(many for hook in vars(manager.hook).values() for many in hook()):
-        raise ValueError("it registers no attack and no metric")
+    with redirect_stdout(sys.stderr):  # what a plugin prints when it is loaded must not end up in JSON
+        manager.register(entry.load(), name=entry.name)
+        manager.check_pending()
+        classes = _given(kind.hook, getattr(manager.hook, kind.hook)())
+        # What a plugin brings of another kind is that kind's business; here it only has to bring something.
+        if not classes and not any(many for hook in vars(manager.hook).values() for many in hook()):
+            raise ValueError("it registers no attack and no metric")
     for cls in classes:
         kind.check(cls)
+    names = [cls.name for cls in classes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"it registers the {kind.noun} {twice[0]} twice")
     return classes
+
+
+def _given(hook: str, results: list[Any]) -> list[Any]:
+    for many in results:
+        if not isinstance(many, list | tuple):
+            raise TypeError(f"{hook} gives {many!r}, no list of classes")
+    return [cls for many in results for cls in many]

@@ -123,7 +123,12 @@ def describe(settings: type[PluginSettings]) -> list[SettingHelp]:
         for field, after in zip(body.body, body.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(field.target, ast.Name):
                 meanings[field.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
-    return [SettingHelp(f.name, _type_name(f.type), f.default, meanings.get(f.name, "")) for f in fields(settings)]
+    hints = get_type_hints(settings)  # with names of aliases such as Literals resolved
+    types = {name: hint.__name__ if isinstance(hint, type) else str(hint) for name, hint in hints.items()}
+    return [
+        SettingHelp(f.name, types[f.name].replace("typing.", ""), f.default, meanings.get(f.name, ""))
+        for f in fields(settings)
+    ]
 
 
 def spec(plugin: Plugin) -> str:

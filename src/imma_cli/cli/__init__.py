@@ -45,11 +45,28 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    no_plugins: Annotated[
+        bool, typer.Option("--no-plugins", help="Load only the attacks and metrics that ship with imma.")
+    ] = False,
 ) -> None:
-    pass
+    if no_plugins:
+        from imma_cli.attacks.points import ONLY_OWN
+
+        # by the environment, so that processes which a command starts keep to it
+        before = os.environ.get(ONLY_OWN)
+        os.environ[ONLY_OWN] = "1"
+        context.call_on_close(lambda: _set_back(ONLY_OWN, before))
+
+
+def _set_back(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

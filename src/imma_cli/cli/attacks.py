@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from imma_cli.cli.console import out
 from imma_cli.cli.listing import show_all, show_one
+
+if TYPE_CHECKING:
+    from imma_cli.attacks.attack import Attack
 
 
 def attacks(
@@ -22,13 +25,17 @@ def attacks(
 
     registry = discover()
     if name is None:
-        columns = {"summary": "what it trains", "paper": "paper"}
-        show_all(registry, columns, lambda a: {"summary": a.summary, "paper": a.paper}, json=json)
+        show_all(
+            registry,
+            {"summary": "what it does", "trains": "what it trains", "families": "families"},
+            lambda attack: _facts(attack, shown=not json),
+            json=json,
+        )
         return
     attack = registry.get(name)
     presets = {key: asdict(preset) for key, preset in attack.presets.items()}
-    facts = {"summary": attack.summary, "paper": attack.paper}
-    show_one(registry, name, facts, attack.paper, {"presets": presets}, json=json)
+    remark = f"{attack.paper}; trains {attack.trains or 'what it does not say'}; works on {_families(attack)}"
+    show_one(registry, name, _facts(attack), remark, {"presets": presets}, attack.search, json=json)
     if json:
         return
     table = Table(
@@ -43,3 +50,13 @@ def attacks(
             "none" if preset.max_grad_norm is None else f"{preset.max_grad_norm:g}",
         )
     out.print(table)
+
+
+def _facts(attack: type[Attack], *, shown: bool = False) -> dict[str, Any]:
+    """What the listing says of an attack; *shown* to people, or as JSON, where no families means every family."""
+    families = _families(attack) if shown else attack.families
+    return {"summary": attack.summary, "trains": attack.trains, "paper": attack.paper, "families": families}
+
+
+def _families(attack: type[Attack]) -> str:
+    return "every family" if attack.families is None else ", ".join(attack.families)

@@ -165,4 +165,8 @@ def _inputs(
         )
     pairs = zip(concept, images or [], strict=False)
     concepts = [c for name, folder in pairs if (c := refusals.check(read_concept, name, folder)) is not None]
-    return attacks, concepts, refusals.check(open_checkpoint, checkpoint, config)
+    opened = refusals.check(open_checkpoint, checkpoint, config)
+    if opened is not None:
+        for each in attacks or ():
+            refusals.check(each.require_family, opened.family)
+    return attacks, concepts, opened

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from imma_cli.attacks.attack import Choice
+from imma_cli.attacks.points import DISABLE, disabled_names
 from imma_cli.cli.console import err, out, print_json
 
 if TYPE_CHECKING:
+    from imma_cli.attacks.attack import Space
     from imma_cli.attacks.manager import P, Registry
 
 
@@ -24,10 +27,11 @@ def show_all(
     """
     if json:
         plugins = [
-            {"name": name, **facts(f.cls), "distribution": f.distribution, "version": f.version}
+            {"name": name, **facts(f.cls), "distribution": f.distribution, "version": f.version, "plugin": f.plugin}
             for name, f in registry.found.items()
         ]
-        print_json({f"{registry.kind.noun}s": plugins, "broken": [asdict(b) for b in registry.broken]})
+        unused = {"broken": registry.broken, "disabled": registry.disabled}
+        print_json({f"{registry.kind.noun}s": plugins, **{k: [asdict(u) for u in us] for k, us in unused.items()}})
         return
     table = Table(registry.kind.noun, *columns.values(), "package", "version")
     for name, f in registry.found.items():
@@ -39,6 +43,11 @@ def show_all(
             f"[yellow]The plugin {b.plugin} of {b.distribution} {b.version} cannot be used:[/] {escape(b.reason)}",
             soft_wrap=True,
         )
+    for d in registry.disabled:
+        err.print(f"The plugin {d.plugin} of {d.distribution} {d.version} is {d.reason}.", markup=False, soft_wrap=True)
+    unknown = sorted(disabled_names() - {d.plugin for d in registry.disabled})
+    if unknown:
+        err.print(f"{DISABLE} names no plugin here: {', '.join(unknown)}.", markup=False, soft_wrap=True)
 
 
 def show_one(
@@ -47,10 +56,13 @@ def show_one(
     facts: dict[str, Any],
     remark: str = "",
     more: dict[str, Any] | None = None,
+    search: Mapping[str, Space] | None = None,
     *,
     json: bool,
 ) -> None:
-    """One plugin with its settings. *remark* stands behind its summary; JSON has *facts* and, at its end, *more*.
+    """One plugin with its settings, and what a search may vary in them.
+
+    *remark* stands behind its summary; JSON has *facts* and, at its end, *more*.
 
     Raises:
         ImmaError: there is none of this name.
@@ -60,8 +72,11 @@ def show_one(
     cls, found = registry.get(name), registry.found[name]
     settings = describe(cls.Settings)
     if json:
-        package = {"distribution": found.distribution, "version": found.version}
-        print_json({"name": name, **facts, **package, "settings": [asdict(s) for s in settings], **(more or {})})
+        package = {"distribution": found.distribution, "version": found.version, "plugin": found.plugin}
+        described = [asdict(s) for s in settings]
+        if search is not None:
+            described = [{**s, "search": asdict(search[s["name"]]) if s["name"] in search else None} for s in described]
+        print_json({"name": name, **facts, **package, "settings": described, **(more or {})})
         return
     package_name = f"{found.distribution} {found.version}"
     out.print(f"[bold]{name}[/]: {escape(cls.summary)} ({'; '.join(filter(None, (remark, package_name)))})")
@@ -69,11 +84,24 @@ def show_one(
         out.print("It has no settings.")
         return
     table = Table(
-        "setting", "type", "default", "meaning", title=f"settings: {name}:key=value,...", title_justify="left"
+        *("setting", "type", "default", "meaning"),
+        *(["searched over"] if search is not None else []),
+        title=f"settings: {name}:key=value,...",
+        title_justify="left",
     )
     for s in settings:
-        table.add_row(s.name, escape(s.type), escape(str(s.default)), escape(s.meaning))
+        row = [s.name, s.type, str(s.default), s.meaning]
+        if search is not None:
+            row.append(_space(search[s.name]) if s.name in search else "")
+        table.add_row(*map(escape, row))
     out.print(table)
+
+
+def _space(space: Space) -> str:
+    if isinstance(space, Choice):
+        return ", ".join(map(str, space.options))
+    by = " times the preset's" if space.of_preset else ""
+    return f"{space.low:g} to {space.high:g}{by}{', logarithmically' if space.log else ''}"
 
 
 def _cell(value: object) -> str:
