@@ -15,7 +15,7 @@ import pytest
 from imma_cli.attacks.manager import Registry, discover
 from imma_cli.verification.metrics import discover_metrics
 
-COMMANDS = ("demo", "harden", "verify", "report", "attacks", "metrics", "inspect")
+COMMANDS = ("demo", "harden", "verify", "report", "attacks", "metrics", "install", "uninstall", "inspect")
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "numpy", "PIL", "matplotlib", "jinja2"}
 # stdout belongs to the help text, so the modules go to stderr
 REPORT = """

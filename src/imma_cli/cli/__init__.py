@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from imma_cli import __version__
-from imma_cli.cli import attacks, demo, harden, inspect, metrics, report, verify
+from imma_cli.cli import attacks, demo, harden, inspect, install, metrics, report, uninstall, verify
 from imma_cli.cli.console import err, show_error
 from imma_cli.errors import ImmaError
 
@@ -30,6 +30,8 @@ app.command()(verify.verify)
 app.command()(report.report)
 app.command()(attacks.attacks)
 app.command()(metrics.metrics)
+app.command()(install.install)
+app.command()(uninstall.uninstall)
 app.command()(inspect.inspect)
 
 
