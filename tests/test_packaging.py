@@ -15,7 +15,7 @@ import pytest
 from imma_cli.attacks.manager import Registry, discover
 from imma_cli.verification.metrics import discover_metrics
 
-COMMANDS = ("demo", "harden", "verify", "report", "attacks", "metrics", "install", "uninstall", "inspect")
+COMMANDS = ("demo", "harden", "verify", "report", "attacks", "metrics", "install", "uninstall", "new-attack", "inspect")
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "numpy", "PIL", "matplotlib", "jinja2"}
 # stdout belongs to the help text, so the modules go to stderr
 REPORT = """
@@ -79,6 +79,8 @@ def _shipped(registry: Registry[Any]) -> set[str]:
         "verification/report/templates/page.html",
         "verification/report/templates/macros.html",
         "verification/report/templates/style.css",
+        "attacks/template/attack.py.in",
+        "attacks/template/pyproject.toml.in",
     ],
 )
 def test_package_data_is_there(path: str) -> None:

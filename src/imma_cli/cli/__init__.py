@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from imma_cli import __version__
-from imma_cli.cli import attacks, demo, harden, inspect, install, metrics, report, uninstall, verify
+from imma_cli.cli import attacks, demo, harden, inspect, install, metrics, new_attack, report, uninstall, verify
 from imma_cli.cli.console import err, show_error
 from imma_cli.errors import ImmaError
 
@@ -32,6 +32,7 @@ app.command()(attacks.attacks)
 app.command()(metrics.metrics)
 app.command()(install.install)
 app.command()(uninstall.uninstall)
+app.command("new-attack")(new_attack.new_attack)
 app.command()(inspect.inspect)
 
 
