@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
@@ -13,10 +16,6 @@ from PIL import Image
 
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import describe, parse_attacks
-from imma_cli.attacks.training import Attacker
-from imma_cli.concepts.batches import TrainingSet, encode
-from imma_cli.concepts.concept import Concept
-from imma_cli.families.model import Model
 from imma_cli.verification.metrics import discover_metrics, parse_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -83,24 +82,46 @@ def test_the_example_metric_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert metric.similarity([red, blue], [red, red, blue]).tolist() == [[1, 1, 0], [0, 0, 1]]
 
 
-def test_the_example_plugin_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Model) -> None:
+def test_the_tutorial_leads_to_a_plugin_that_works(imma, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (DOCS / "writing-an-attack.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    (tmp_path / "imma_custom_diffusion.py").write_text(code, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    registry = discover([EntryPoint("custom-diffusion", "imma_custom_diffusion", "imma")])
-    assert not registry.broken
-    (attack,) = parse_attacks(["custom-diffusion:token=xyz"], registry)
-    picture = Image.new("RGB", (64, 64), "teal")
-    concept = Concept("apple", (picture,), ("an apple",), "test")
-    before = {name: weight.clone() for name, weight in tiny_model.unet.state_dict().items()}
-    with attack.attach(tiny_model, concept, 0) as parameters:
-        batch = next(iter(TrainingSet(tiny_model, attack, concept, encode(tiny_model, concept.images), seed=0)))
-        assert batch.captions == ("a xyz apple",)
-        Attacker(parameters, attack.rates(tiny_model)).step(lambda: attack.loss(tiny_model, batch))
-        changed = {n for n, w in tiny_model.unet.state_dict().items() if not w.equal(before[n])}
-        assert changed == set(parameters)
-    assert all(weight.equal(before[name]) for name, weight in tiny_model.unet.state_dict().items())
+    folder = tmp_path / "imma-attack-bitfit"
+    monkeypatch.chdir(tmp_path)
+    assert "\nimma new-attack bitfit\n" in page
+    assert imma("new-attack", "bitfit")[0] == 0
+    (tree,) = re.findall(r"^```text\nimma-attack-bitfit/\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert {line.split()[0] for line in tree.splitlines()} == {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    }
+    (entry,) = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert entry in (folder / "pyproject.toml").read_text(encoding="utf-8")
+    snippets = re.findall(r'^```python title="(.+?)"\n(.*?)^```', page, re.MULTILINE | re.DOTALL)
+    assert len(snippets) == page.count("```python") == 2
+    for file, code in snippets:
+        assert (folder / file).is_file()
+        (folder / file).write_text(code, encoding="utf-8")
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={folder}", str(folder)],
+        env=os.environ | {"PYTHONPATH": path}, capture_output=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.syspath_prepend(str(folder))
+    registry = discover([EntryPoint("bitfit", "imma_attack_bitfit", "imma")])
+    assert registry.broken == ()
+    assert parse_attacks(["bitfit:layers=attention,token=sks"], registry)[0].settings.token == "sks"
+
+
+def test_every_command_in_the_pages_on_plugins_exists() -> None:
+    import typer.main
+
+    from imma_cli.cli import app
+
+    known = set(typer.main.get_command(app).commands)
+    for name in ("plugins.md", "writing-an-attack.md"):
+        page = (DOCS / name).read_text(encoding="utf-8")
+        typed = re.findall(r"^(?:IMMA_\w+=\S+ )?imma (\S+)", page, re.MULTILINE)
+        assert typed
+        assert set(typed) <= known
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))], ids=str)
