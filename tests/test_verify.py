@@ -513,6 +513,15 @@ def test_everything_wrong_is_said_at_once(imma: Any, arguments: list[str], tmp_p
     assert (tmp_path / "report" / "summary.json").read_text() == "mine"
 
 
+def test_an_attack_on_other_families_is_refused(
+    imma: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discover().found["lora"].cls, "families", ("sdxl",))
+    code, out, err = imma(*arguments, "--attack", "lora")
+    assert (code, out) == (2, "")
+    assert "The attack lora does not work on Stable Diffusion 1.x." in err
+
+
 def test_what_cannot_be_compared_is_refused(
     imma: Any,
     arguments: list[str],

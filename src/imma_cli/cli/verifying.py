@@ -106,6 +106,9 @@ def read_inputs(
     spared = refusals.check(_prompts, untouched) if untouched else ()
     if original is not None and hardened is not None:
         refusals.check(_require_comparable, original, hardened)
+    if original is not None:
+        for tried in attacks or ():
+            refusals.check(tried.require_family, original.family)
     if original is None or hardened is None or attacks is None or metrics is None or spared is None:
         return None
     recorded: list[Attack] = []
