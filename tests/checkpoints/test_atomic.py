@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -81,3 +83,29 @@ def test_a_full_disk_and_a_protected_folder_are_seen_before_the_work(
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(ImmaError, match="no permission"):
         refuse_output(tmp_path / "out", tmp_path / "in", force=False, folder=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and locks")
+@pytest.mark.parametrize("writer", ["atomic_file", "atomic_folder"])
+def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path: Path, writer: str) -> None:
+    half_written = f"""
+import sys, time
+from pathlib import Path
+from imma_cli.checkpoints.atomic import {writer}
+with {writer}(Path(sys.argv[1])) as temporary:
+    (temporary / "a" if temporary.is_dir() else temporary).write_text("half")
+    print(temporary.name, flush=True)
+    time.sleep(60)
+"""
+    others = [
+        subprocess.Popen([sys.executable, "-c", half_written, str(tmp_path / name)], stdout=subprocess.PIPE, text=True)
+        for name in ("killed", "alive")
+    ]
+    left = [process.stdout.readline().strip() for process in others if process.stdout]
+    others[0].kill()
+    others[0].wait()
+    with atomic_file(tmp_path / "out") as temporary:
+        temporary.write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", left[1]}
+    others[1].kill()
+    others[1].wait()

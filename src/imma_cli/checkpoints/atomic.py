@@ -1,15 +1,19 @@
-"""Output that appears whole or not at all: a temporary sibling, flushed, then renamed into place."""
+"""Output that appears whole or not at all: a temporary sibling, flushed, then renamed into place.
+
+What a killed process left half written goes when the next one writes into the same folder.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 
+from imma_cli.checkpoints.leftovers import UNFINISHED, being_written, remove, sweep
 from imma_cli.errors import ImmaError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -66,7 +70,7 @@ def atomic_file(output: Path, *, force: bool = False) -> Iterator[Path]:
 
     Raises ImmaError where *output* exists and *force* is not given, and for a full disk or any other failed write.
     """
-    with _temporary(output, force) as temporary:
+    with _temporary(output, force) as temporary, being_written(temporary, folder=False):
         yield temporary
         _flush(temporary)
         _refuse_existing(output, force)
@@ -80,14 +84,13 @@ def atomic_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
 
     With *force*, an existing folder is set aside first and comes back if the new one cannot take its place.
     """
-    with _temporary(output, force) as temporary:
-        temporary.mkdir()
+    with _temporary(output, force) as temporary, being_written(temporary, folder=True):
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
         _refuse_existing(output, force)
         if output.exists():
-            aside = _sibling(output)
+            aside = _sibling(output, ".earlier")  # no half-written one: it may be the only good one for a moment
             output.rename(aside)
             try:
                 temporary.rename(output)
@@ -103,11 +106,12 @@ def atomic_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
 @contextmanager
 def _temporary(output: Path, force: bool) -> Iterator[Path]:
     _refuse_existing(output, force)
-    temporary = _sibling(output)
+    sweep(output.absolute().parent)
+    temporary = _sibling(output, UNFINISHED)
     try:
         yield temporary
     except OSError as error:
-        _remove([temporary])
+        remove([temporary])
         if error.errno in FULL:
             raise ImmaError(
                 f"cannot write {output}",
@@ -118,26 +122,18 @@ def _temporary(output: Path, force: bool) -> Iterator[Path]:
             f"cannot write {output}", [error.strerror or str(error)], hint="Nothing was written."
         ) from error
     except BaseException:  # also Ctrl-C: no exception may leave half a file behind
-        _remove([temporary])
+        remove([temporary])
         raise
 
 
-def _sibling(output: Path) -> Path:
+def _sibling(output: Path, suffix: str) -> Path:
     """A free hidden name in the same folder, and so on the same file system: only there is a rename atomic."""
-    return output.absolute().parent / f".imma-{token_hex(6)}.part"
+    return output.absolute().parent / f".imma-{token_hex(6)}{suffix}"
 
 
 def _refuse_existing(output: Path, force: bool) -> None:
     if os.path.lexists(output) and not force:
         raise ImmaError(f"cannot write {output}", ["it exists already (--force overwrites it)"])
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
