@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from imma_cli.attacks import Preset
+from imma_cli.attacks import Choice, Preset
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks, record
 from imma_cli.attacks.testing import AttackContract, example_concept
@@ -24,6 +24,14 @@ FURTHER = {
     "dreambooth": ("prior_weight=1,prior_images=2",),
     "dreambooth-lora": ("token=zwx,class_noun=cat",),
     "textual-inversion": ("tokens=3,initializer=cat",),
+    "text-encoder-lora": ("text_rate=2,captions=token",),
+    "pivotal-tuning": ("tokens=2,word_rate=1",),
+    "custom-diffusion": ("prior_weight=0,class_noun=cat",),
+    "loha": ("targets=everything",),
+    "lokr": ("targets=everything",),
+    "oft": ("targets=transformer,block_size=4",),
+    "boft": ("targets=transformer,block_size=4",),
+    "peft": ("method=randlora", "method=delora", "method=gralora"),
 }
 """Settings other than the defaults with which an attack has to keep the contract, too."""
 
@@ -36,7 +44,7 @@ for shipped, found_class in REGISTRY.found.items():
 
 def test_the_shipped_attacks_are_found_through_entry_points() -> None:
     assert REGISTRY.broken == ()
-    assert {"lora", "dreambooth", "dreambooth-lora", "textual-inversion"} <= set(REGISTRY.found)
+    assert {"lora", "dreambooth", "full-finetune", "textual-inversion", "dora", "peft"} <= set(REGISTRY.found)
     assert all(found.distribution == "imma-cli" for found in REGISTRY.found.values())
 
 
@@ -71,6 +79,16 @@ def test_where_matrices_go_follows_the_targets(tiny_model: Model) -> None:
     assert list(counts.values()) == sorted(set(counts.values()))
 
 
+@pytest.mark.parametrize("name", [n for n, found in REGISTRY.found.items() if "targets" in found.cls.search])
+def test_an_attack_can_be_attached_to_every_target_that_a_search_tries(tiny_model: Model, name: str) -> None:
+    space = REGISTRY.get(name).search["targets"]
+    assert isinstance(space, Choice)
+    for targets in space.options:
+        (attack,) = parse_attacks([f"{name}:targets={targets}"], REGISTRY)
+        with attack.attach(tiny_model, CONCEPT, 0) as parameters:
+            assert parameters
+
+
 def test_the_rate_follows_its_schedule_and_the_pictures_their_number() -> None:
     parameter = torch.nn.Parameter(torch.ones(3), requires_grad=False)
     (attack,) = parse_attacks(["lora:schedule=linear,warmup=0.5"], REGISTRY)
@@ -87,6 +105,15 @@ def test_the_rate_follows_its_schedule_and_the_pictures_their_number() -> None:
     assert len(some.images) == len(some.captions) == 2
     assert len({CONCEPT.sample(2, seed=s).hashes for s in range(20)}) > 1
     assert CONCEPT.sample(0, seed=0) is CONCEPT.sample(9, seed=0) is CONCEPT
+
+
+def test_parameters_may_learn_at_rates_of_their_own(tiny_model: Model) -> None:
+    (attack,) = parse_attacks(["pivotal-tuning:word_rate=20,learning_rate=0.001"], REGISTRY)
+    with attack.attach(tiny_model, CONCEPT, 0) as parameters:
+        attacker = Attacker(parameters, attack.rates(tiny_model), attack.settings, 1, attack.rate_of)
+        rate = {id(p): group["lr"] for group in attacker.optimizer.param_groups for p in group["params"]}
+        assert rate[id(parameters["new words"])] == pytest.approx(0.02)
+        assert {round(rate[id(p)], 9) for name, p in parameters.items() if "lora_" in name} == {0.001}
 
 
 def test_new_tokens_are_one_token_each(tiny_model: Model) -> None:

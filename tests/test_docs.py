@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -37,26 +38,41 @@ def test_command_reference_is_what_help_prints(generator: ModuleType) -> None:
     assert written == generator.reference(), "run: python docs/generate_cli.py"
 
 
-def test_every_attack_that_ships_has_a_section() -> None:
-    page = (DOCS / "attacks.md").read_text(encoding="utf-8")
-    shipped = {name for name, found in discover().found.items() if found.distribution == "imma-cli"}
-    assert shipped
-    assert shipped == set(re.findall(r"^## `(.+)`$", page, re.MULTILINE))
-
-
-def test_every_setting_and_every_rate_of_an_attack_is_documented() -> None:
-    page = (DOCS / "attacks.md").read_text(encoding="utf-8")
-    common, *rest = re.split(r"^## `", page, flags=re.MULTILINE)
-    sections = dict(section.split("`\n", 1) for section in rest)
-    for name, found in discover().found.items():
-        if found.distribution != "imma-cli":
-            continue
-        text = common + sections[name]
-        undocumented = [s.name for s in describe(found.cls.Settings) if f"| `{s.name}` |" not in text]
-        assert not undocumented, f"{name}: {undocumented}"
-        for preset, rates in found.cls.presets.items():
+def test_every_attack_that_ships_has_a_page_with_its_settings_and_rates() -> None:
+    shipped = {name: found.cls for name, found in discover().found.items() if found.distribution == "imma-cli"}
+    folder = DOCS / "attacks"
+    assert {path.stem for path in folder.glob("*.md")} == {"index", *shipped}
+    common = (folder / "index.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| \[`(.+?)`\]\(\1\.md\)", common, re.MULTILINE)) == set(shipped)
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for name, cls in shipped.items():
+        page = (folder / f"{name}.md").read_text(encoding="utf-8")
+        assert page.startswith(f"# `{name}`\n")
+        assert f"attacks/{name}.md" in navigation
+        assert cls.paper in page
+        documented = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", page + common, re.MULTILINE))
+        for setting in describe(cls.Settings):
+            assert setting.name in documented, f"{name}: {setting.name}"
+            if isinstance(setting.default, int | float):
+                assert documented[setting.name] == f"{setting.default:g}", f"{name}: {setting.name}"
+        for preset, rates in cls.presets.items():
             row = f"| `{preset}` | {rates.learning_rate:.0e} | {rates.outer_learning_rate:.0e} | {rates.steps} |"
-            assert row.replace("e-0", "e-") in sections[name], f"{name}: the page has no row {row}"
+            assert row.replace("e-0", "e-") in page, f"{name}: the page has no row {row}"
+
+
+def test_the_rates_come_from_the_raw_data() -> None:
+    raw = (ROOT / "benchmarks" / "attacks" / "results" / "rates.jsonl").read_text(encoding="utf-8")
+    page = (DOCS / "attacks" / "index.md").read_text(encoding="utf-8")
+    head, *rows = re.search(r"^\| attack \| 3e-5.*?\n\n", page, re.MULTILINE | re.DOTALL)[0].strip().splitlines()
+    rates = [float(cell) for cell in head.split(" | ")[1:-1]]
+    shown = {}
+    for row in rows[1:]:
+        name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        shown |= {(name.strip("`"), rate): cell for rate, cell in zip(rates, cells, strict=False) if cell}
+    measured = {
+        (j["attack"], j["learning_rate"]): f"{j['losses']['300']:.3f}" for j in map(json.loads, raw.splitlines())
+    }
+    assert shown == measured
 
 
 def test_every_metric_that_ships_has_a_section_with_its_settings() -> None:
@@ -124,7 +140,7 @@ def test_every_command_in_the_pages_on_plugins_exists() -> None:
         assert set(typed) <= known
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))], ids=str)
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))], ids=str)
 def test_links_to_files_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", text)

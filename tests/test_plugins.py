@@ -175,7 +175,7 @@ def test_an_attack_is_shown_with_all_that_it_states(install: Install, imma) -> N
     assert shown["presets"]["small"]["steps"] == 10
     code, out, _ = imma("attacks", "lora")
     assert code == 0
-    for part in ("arXiv 2106.09685", "trains LoRA matrices", "every family", "0.1 to 10", "1, 4, 16"):
+    for part in ("arXiv 2106.09685", "trains LoRA matrices", "families: all", "0.1 to 10", "1, 4, 16"):
         assert part in " ".join(out.split()), part
 
 

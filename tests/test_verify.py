@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor, nn
 
@@ -673,6 +675,51 @@ def assert_same_reports(one: Path, other: Path) -> None:
     for name in ("trials.jsonl", "pictures.jsonl", "summary.json", "report.html", "model-card.md"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     assert not [path for path in one.iterdir() if path.suffix == ".part"]
+
+
+def test_what_attacks_learned_is_kept_for_others_to_check(imma: Any, arguments: list[str], tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    command = [*arguments, "--attack", "textual-inversion:tokens=2", "--seeds", 1, "--save-adapters", kept]
+    report = ["--report", tmp_path / "report"]
+    _, out, _ = imma(*command, *report)
+    assert f"Adapters: {kept} (2 trials)" in out
+    trials = sorted(path.relative_to(kept).as_posix() for path in kept.glob("*/*/*"))
+    assert [trial.split("/", 1)[1] for trial in trials] == ["blue-style/hardened-seed-0", "blue-style/original-seed-0"]
+    about = json.loads((kept / trials[0] / "trial.json").read_text())
+    assert about["prompts"][0] == "an image of <imma-0> <imma-1>"
+    assert (
+        about["sha256"] == json.loads((tmp_path / "report" / "summary.json").read_text())["scope"]["models"]["hardened"]
+    )
+    for word in ("imma-0", "imma-1"):
+        learned = load_file(kept / trials[0] / "learned" / f"{word}.safetensors")
+        assert list(learned) == [f"<{word}>"]
+    # a trial that is there already is not run again, and says so where it was not kept
+    other = tmp_path / "other"
+    _, out, _ = imma(*command[:-1], other, *report)
+    assert f"Adapters: {other} (0 trials); 2 trials were finished earlier, without keeping them" in out
+    code, _, err = imma(*command, "--budget", 9)
+    assert code == 2
+    assert "of another verification learned" in err
+
+
+def test_a_folder_that_fills_up_stops_the_run_and_costs_no_trial(
+    imma: Any, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lora = discover().get("lora")
+    command = [*arguments, "--attack", "lora", "--seeds", 1, "--report", tmp_path / "report"]
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "save", full)
+        code, _, err = imma(*command, "--save-adapters", tmp_path / "kept")
+    assert code == 2
+    assert "What lora learned cannot be kept" in err
+    assert "the disk is full" in err
+    assert not list((tmp_path / "kept").rglob("*.part"))
+    _, out, _ = imma(*command, "--save-adapters", tmp_path / "kept", "--json")
+    assert not json.loads(out).get("failed_trials")
+    assert len(list((tmp_path / "kept").glob("*/*/*/learned/kohya.safetensors"))) == 2
 
 
 def test_processes_of_a_launcher_speak_with_one_voice(imma: Any, arguments: list[str], tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
-"""LoRA matrices in a diffusers model through PEFT, and out again without a trace."""
+"""Adapters of PEFT in a part of a model, and out again without a trace."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+
+from imma_cli.errors import ImmaError
 
 ADAPTER = "imma"
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -18,24 +22,50 @@ TARGETS: dict[str, list[str] | str] = {
     "transformer": [*PROJECTIONS, "ff.net.0.proj", "ff.net.2"],
     "everything": [*PROJECTIONS, "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "proj_in", "proj_out"],
 }
-"""Where matrices go, by name, as PEFT wants it: ends of modules' names, or a pattern for whole names."""
+"""Where adapters go in a UNet, by name, as PEFT wants it: ends of modules' names, or a pattern for whole names."""
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+"""The projections of CLIP's text encoder."""
 
 Targets = Literal["attention", "cross-attention", "transformer", "everything"]
 
 
 @contextmanager
-def lora_layers(unet: Any, rank: int, seed: int, targets: Targets = "attention") -> Iterator[dict[str, nn.Parameter]]:
-    """The matrices A [rank, in] and B [out, rank] of every targeted layer, by name; gone after the context."""
-    before = {id(p) for p in unet.parameters()}
-    asked = {name: p.requires_grad for name, p in unet.named_parameters()}
-    devices = [unet.device] if unet.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):  # PEFT initialises from torch's global generator
-        torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS[targets])
-        unet.add_adapter(config, adapter_name=ADAPTER)
+def adapter(network: nn.Module, config: Any, seed: int) -> Iterator[dict[str, nn.Parameter]]:
+    """The parameters, by name, that PEFT's *config* adds to *network*; gone after the context.
+
+    Raises:
+        ImmaError: PEFT cannot put that method into these layers; says why.
+    """
+    before = {id(p) for p in network.parameters()}
+    asked = {name: p.requires_grad for name, p in network.named_parameters()}
+    on_gpu = [p.device for p in network.parameters() if p.device.type == "cuda"][:1]
     try:
-        yield {name: p for name, p in unet.named_parameters() if id(p) not in before}
+        with torch.random.fork_rng(devices=on_gpu), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PEFT would do on other devices
+            warnings.filterwarnings("error", "Invalid")  # it would go on with another size than was asked for
+            torch.manual_seed(seed)  # PEFT initialises from torch's global generator
+            try:
+                inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+            except Exception as error:
+                raise ImmaError(
+                    f"PEFT cannot put {config.peft_type.value} into these layers.",
+                    [str(error)],
+                    "Choose another size or other targets.",
+                ) from error
+        yield {name: p for name, p in network.named_parameters() if id(p) not in before}
     finally:
-        unet.unload_lora()
-        for name, parameter in unet.named_parameters():
+        recurse_remove_peft_layers(network)
+        network.__dict__.pop("peft_config", None)
+        for name, parameter in network.named_parameters():
             parameter.requires_grad_(asked[name])
+
+
+def lora(rank: int, targets: list[str] | str, **options: Any) -> LoraConfig:
+    """LoRA with a scale of 1 (alpha = rank), which every program that reads such files agrees on."""
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, **options)
+
+
+def check_rank(rank: int) -> None:
+    """Raises ValueError."""
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")

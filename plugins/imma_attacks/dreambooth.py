@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import ClassVar
 
-import torch
 from torch import nn
 
 from imma_attacks._dreambooth import DREAMBOOTH_SEARCH, DreamBoothLoss, DreamBoothSettings
+from imma_attacks._in_place import given_back
 from imma_cli.attacks import Attack, Preset, hookimpl
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
@@ -32,14 +33,11 @@ class DreamBooth(DreamBoothLoss):
     @contextmanager
     def attach(self, model: Model, concept: Concept, seed: int) -> Iterator[dict[str, nn.Parameter]]:
         self.prepare_prior(model, concept, seed)
-        parameters = dict(model.unet.named_parameters())
-        before = {name: p.detach().clone() for name, p in parameters.items()}
-        try:
+        with given_back(dict(model.unet.named_parameters())) as parameters:
             yield parameters
-        finally:
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(before[name])
+
+    def save(self, model: Model, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+        model.unet.save_pretrained(folder / "unet")
 
 
 @hookimpl

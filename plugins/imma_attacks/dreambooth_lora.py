@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from torch import nn
 
 from imma_attacks._dreambooth import DREAMBOOTH_SEARCH, DreamBoothLoss, DreamBoothSettings
-from imma_attacks._peft import TARGETS, Targets, lora_layers
+from imma_attacks._exports import save_lora
+from imma_attacks._peft import TARGETS, Targets, adapter, check_rank, lora
 from imma_cli.attacks import Attack, Choice, Preset, hookimpl
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
@@ -27,8 +29,7 @@ class DreamBoothLoraSettings(DreamBoothSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        check_rank(self.rank)
 
 
 class DreamBoothLora(DreamBoothLoss):
@@ -48,8 +49,11 @@ class DreamBoothLora(DreamBoothLoss):
     @contextmanager
     def attach(self, model: Model, concept: Concept, seed: int) -> Iterator[dict[str, nn.Parameter]]:
         self.prepare_prior(model, concept, seed)
-        with lora_layers(model.unet, self.settings.rank, seed, self.settings.targets) as parameters:
+        with adapter(model.unet, lora(self.settings.rank, TARGETS[self.settings.targets]), seed) as parameters:
             yield parameters
+
+    def save(self, model: Model, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+        save_lora(folder, model.unet)
 
 
 @hookimpl

@@ -13,6 +13,8 @@ from imma_cli.attacks.plugin import Plugin, PluginSettings
 from imma_cli.errors import ImmaError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from imma_cli.concepts.batches import Batch
@@ -136,6 +138,20 @@ class Attack(Plugin):
         if conditioning is None:
             conditioning = model.family.encode_prompts(model, batch.captions)
         return model.family.loss(model, batch.latents, conditioning, batch.noise, batch.timesteps).mean()
+
+    def save(self, model: Model, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+        """Write what was learned into the empty *folder*, in the formats that its users' programs load.
+
+        Called while the attack is attached to *model*. By default the parameters are written by name.
+        """
+        from safetensors.torch import save_file
+
+        learned = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+        save_file(learned, folder / "adaptation.safetensors")
+
+    def rate_of(self, parameter: str) -> float:
+        """How fast the *parameter* of that name learns, as a multiple of the attack's rate."""
+        return 1.0
 
     def rates(self, model: Model) -> Preset:
         """The preset that applies to *model*, with the settings' own rate where one is given."""

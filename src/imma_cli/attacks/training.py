@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,13 @@ def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.grad = None
 
 
-def adamw(parameters: Sequence[nn.Parameter], learning_rate: float, *, maximize: bool = False) -> torch.optim.AdamW:
+Group = dict[str, Any]
+"""Parameters that share a rate, as torch's optimizers take them."""
+
+
+def adamw(
+    parameters: Sequence[nn.Parameter] | Sequence[Group], learning_rate: float, *, maximize: bool = False
+) -> torch.optim.AdamW:
     """AdamW as the published fine-tuning scripts set it."""
     return torch.optim.AdamW(
         parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8, maximize=maximize
@@ -50,7 +56,7 @@ def gradient_step(
 
     Raises:
         NotFiniteError: the loss is NaN or infinite; nothing was changed.
-        ValueError: the loss depends on none of the parameters.
+        ImmaError: the loss depends on none of the parameters.
     """
     with trainable(parameters):
         loss = loss_of()
@@ -60,9 +66,12 @@ def gradient_step(
                 f"The loss became {value}.",
                 hint="Nothing was written. Lower the learning rates (--outer-learning-rate, --attack NAME:learning_rate=...).",
             )
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None]
         if all(g is None for g in gradients):
-            raise ValueError("the loss depends on none of the parameters to be trained")
+            raise ImmaError(
+                "The loss depends on none of the parameters to be trained.",
+                hint="An attack that works on copies of the model's weights can be verified with, but not hardened against.",
+            )
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         if max_grad_norm is not None:
@@ -72,7 +81,7 @@ def gradient_step(
 
 
 def attacker_optimizer(
-    settings: AttackSettings, parameters: Sequence[nn.Parameter], learning_rate: float
+    settings: AttackSettings, parameters: Sequence[Group], learning_rate: float
 ) -> torch.optim.Optimizer:
     """The optimizer that *settings* name; what they leave open is as in the published fine-tuning scripts."""
     if settings.optimizer == "radam":
@@ -91,6 +100,7 @@ class Attacker:
         rates: Preset,
         settings: AttackSettings | None = None,
         steps: int | None = None,
+        rate_of: Callable[[str], float] = lambda name: 1.0,
     ) -> None:
         if not parameters:
             raise ValueError("the attack attached no parameters")
@@ -99,7 +109,7 @@ class Attacker:
             raise ValueError("a rate that changes needs to know the number of steps")
         self.parameters = list(parameters.values())
         self.max_grad_norm = rates.max_grad_norm
-        self.optimizer = attacker_optimizer(settings, self.parameters, rates.learning_rate)
+        self.optimizer = attacker_optimizer(settings, _groups(parameters, rates, rate_of), rates.learning_rate)
         self.schedule = _schedule(settings, self.optimizer, steps or 0)
 
     def step(self, loss_of: Callable[[], Tensor]) -> float:
@@ -107,6 +117,14 @@ class Attacker:
         loss = gradient_step(self.optimizer, self.parameters, loss_of, self.max_grad_norm)
         self.schedule.step()
         return loss
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], rates: Preset, rate_of: Callable[[str], float]) -> list[Group]:
+    groups: dict[float, Group] = {}
+    for name, parameter in parameters.items():
+        rate = rates.learning_rate * rate_of(name)
+        groups.setdefault(rate, {"params": [], "lr": rate})["params"].append(parameter)
+    return list(groups.values())
 
 
 def _schedule(

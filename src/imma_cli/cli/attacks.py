@@ -27,14 +27,14 @@ def attacks(
     if name is None:
         show_all(
             registry,
-            {"summary": "what it does", "trains": "what it trains", "families": "families"},
+            {"summary": "what it does, what it trains", "families": "families"},
             lambda attack: _facts(attack, shown=not json),
             json=json,
         )
         return
     attack = registry.get(name)
     presets = {key: asdict(preset) for key, preset in attack.presets.items()}
-    remark = f"{attack.paper}; trains {attack.trains or 'what it does not say'}; works on {_families(attack)}"
+    remark = f"{attack.paper}; trains {attack.trains or 'what it does not say'}; families: {_families(attack)}"
     show_one(registry, name, _facts(attack), remark, {"presets": presets}, attack.search, json=json)
     if json:
         return
@@ -54,9 +54,15 @@ def attacks(
 
 def _facts(attack: type[Attack], *, shown: bool = False) -> dict[str, Any]:
     """What the listing says of an attack; *shown* to people, or as JSON, where no families means every family."""
-    families = _families(attack) if shown else attack.families
-    return {"summary": attack.summary, "trains": attack.trains, "paper": attack.paper, "families": families}
+    if shown:
+        return {"summary": f"{attack.summary}\ntrains {attack.trains or '?'}", "families": _families(attack)}
+    return {
+        "summary": attack.summary,
+        "trains": attack.trains,
+        "paper": attack.paper,
+        "families": attack.families,
+    }
 
 
 def _families(attack: type[Attack]) -> str:
-    return "every family" if attack.families is None else ", ".join(attack.families)
+    return "all" if attack.families is None else ", ".join(attack.families)

@@ -82,6 +82,7 @@ def report(written: WriteReport, change: float, result: Immunized, provenance: d
         "changed_parameters": written.parameters,
         "relative_change": change,
         "dropped": list(written.dropped),
+        "unreached": list(result.unreached),
         "losses": _course_of(result),
         "steps": [asdict(step) for step in result.steps],
         "provenance": provenance,
@@ -104,6 +105,11 @@ def say_done(
         f"  changed: {written.tensors} attention tensors, {written.parameters:,} values, "
         f"by {change:.1%} of their length; every other weight is identical, byte for byte"
     )
+    if result.unreached:
+        out.print(
+            f"  [yellow]not hardened:[/] {len(result.unreached)} of {len(result.weights)} protected tensors, "
+            "which no attack's loss depends on: the attack computes with copies of them"
+        )
     if losses["attacker_first"] is not None:
         out.print(
             f"  simulated attacker's loss: {losses['attacker_first']:.4f} at first, {losses['attacker_last']:.4f} at last"

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from imma_cli.attacks.attack import Choice
 from imma_cli.attacks.points import DISABLE, disabled_names
@@ -28,15 +28,15 @@ def show_all(
     if json:
         plugins = [
             {"name": name, **facts(f.cls), "distribution": f.distribution, "version": f.version, "plugin": f.plugin}
-            for name, f in registry.found.items()
+            for name, f in sorted(registry.found.items())
         ]
         unused = {"broken": registry.broken, "disabled": registry.disabled}
         print_json({f"{registry.kind.noun}s": plugins, **{k: [asdict(u) for u in us] for k, us in unused.items()}})
         return
-    table = Table(registry.kind.noun, *columns.values(), "package", "version")
-    for name, f in registry.found.items():
+    table = Table(Column(registry.kind.noun, no_wrap=True), *columns.values(), "package")
+    for name, f in sorted(registry.found.items()):
         said = facts(f.cls)
-        table.add_row(name, *(_cell(said[fact]) for fact in columns), f.distribution, f.version)
+        table.add_row(name, *(_cell(said[fact]) for fact in columns), escape(f"{f.distribution} {f.version}"))
     out.print(table)
     for b in registry.broken:
         err.print(

@@ -102,6 +102,14 @@ def verify(
             help="Where several processes share the trials: sqlite:///FILE, postgresql://..., journal:FILE.",
         ),
     ] = None,
+    save_adapters: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep what every measured attack learned, in the formats its users' programs load (LoRA files, "
+            "embeddings; of attacks on all weights a whole UNet each).",
+        ),
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed trials once more.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON only.")] = False,
 ) -> None:
@@ -146,8 +154,9 @@ def verify(
     for warning in () if quiet else study.warnings:
         err.print(f"[yellow]Warning:[/] {escape(warning)}")
     kept = Kept(study, report if rank.speaks else None)
+    adapters = verifying.open_adapters(save_adapters, study)
     shared = verifying.open_storage(storage, report, study.study, retry_failed=retry_failed)
-    campaign = setup.campaign(study, shared, baselines=baselines)
+    campaign = setup.campaign(study, shared, baselines=baselines, adapters=adapters)
     records = verifying.run(campaign, kept, resumable=bool(report or storage), quiet=quiet)
     if not rank.speaks:
         return
@@ -160,4 +169,6 @@ def verify(
         say(summary)
         if report is not None:
             out.print(f"Report: {report / 'report.html'}", markup=False)
+        if adapters is not None:
+            out.print(verifying.what_was_kept(adapters, records), markup=False)
     raise typer.Exit(summary["verdict"]["exit_code"])

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from imma_cli.attacks.attack import Attack
     from imma_cli.checkpoints import Checkpoint
     from imma_cli.concepts.concept import Concept
+    from imma_cli.verification.adapters import Adapters
     from imma_cli.verification.keeping import Kept
+    from imma_cli.verification.lines import Study
     from imma_cli.verification.plan import Effort
     from imma_cli.verification.records import Records
     from imma_cli.verification.setup import Inputs
@@ -164,6 +166,28 @@ def open_storage(url: str | None, report: Path | None, study: str, *, retry_fail
     if url is None and report is not None:
         url = f"sqlite:///{report / STUDY}"
     return Storage.open(url, study, retry_failed=retry_failed)
+
+
+def open_adapters(folder: Path | None, study: Study) -> Adapters | None:
+    """The folder for what attacks learn, where one was asked for."""
+    if folder is None:
+        return None
+    from imma_cli.verification.adapters import Adapters
+
+    adapters = Adapters(folder, study.study, study.models)
+    adapters.check()
+    return adapters
+
+
+def what_was_kept(adapters: Adapters, records: Records) -> str:
+    """How many trials' results lie in the folder, and of how many they are missing."""
+    from imma_cli.verification.adapters import ABOUT
+
+    kept = len(list(adapters.folder.glob(f"*/*/*/{ABOUT}")))
+    measured = {line.trial for line in records.measurements if line.purpose != "search" and line.status == "ok"}
+    said = f"Adapters: {adapters.folder} ({kept} trials)"
+    lacking = len(measured) - kept
+    return said if lacking <= 0 else f"{said}; {lacking} trials were finished earlier, without keeping them"
 
 
 def run(campaign: Campaign, kept: Kept, *, resumable: bool, quiet: bool) -> Records:

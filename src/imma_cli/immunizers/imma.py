@@ -59,6 +59,8 @@ class Immunized:
 
     weights: dict[str, Tensor]
     steps: list[Step] = field(default_factory=list)
+    unreached: tuple[str, ...] = ()
+    """Weights of S_u that no attack's loss depended on, as the attacks computed with copies of them: they did not move."""
 
 
 @dataclass
@@ -90,6 +92,7 @@ def immunize(
 
     Raises:
         NotFiniteError: a loss became NaN or infinite.
+        ImmaError: an attack's loss depends on none of the protected weights.
     """
     protected = protected_weights(model.unet, settings.protect)
     before = {name: weight.detach().clone() for name, weight in protected.items()}
@@ -97,9 +100,11 @@ def immunize(
     try:
         with ExitStack() as stack:
             turns = _attach_all(stack, model, attacks, concepts, settings, protected, runtime)
-            for step in _alternate(turns, list(protected.values()), settings):
+            outer = adamw(list(protected.values()), turns[0].outer_learning_rate, maximize=True)
+            for step in _alternate(turns, outer, list(protected.values()), settings):
                 result.steps.append(step)
                 on_step(step)
+            result.unreached = tuple(name for name, weight in protected.items() if not outer.state[weight])
             # an attack that trains in place puts the old weights back when it is detached: take the new ones first
             result.weights = {name: weight.detach().clone() for name, weight in protected.items()}
     finally:
@@ -109,9 +114,13 @@ def immunize(
     return result
 
 
-def _alternate(turns: Sequence[Turn], protected: Sequence[nn.Parameter], settings: ImmunizerSettings) -> Iterator[Step]:
+def _alternate(
+    turns: Sequence[Turn],
+    outer: torch.optim.Optimizer,
+    protected: Sequence[nn.Parameter],
+    settings: ImmunizerSettings,
+) -> Iterator[Step]:
     """The loop itself. Which step is whose follows from the cycle alone, never from the length of an epoch."""
-    outer = adamw(protected, turns[0].outer_learning_rate, maximize=True)
     cycles = sum(turn.cycles for turn in turns)
     order = [turn for cycle in range(max(t.cycles for t in turns)) for turn in turns if cycle < turn.cycles]
     for cycle, turn in enumerate(order):
@@ -151,7 +160,7 @@ def _attach_all(
                     attack,
                     chosen,
                     shared,
-                    Attacker(parameters, rates, attack.settings, cycles),
+                    Attacker(parameters, rates, attack.settings, cycles, attack.rate_of),
                     iter(batches),
                     rates.outer_learning_rate if settings.outer_learning_rate is None else settings.outer_learning_rate,
                     cycles,

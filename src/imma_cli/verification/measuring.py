@@ -18,6 +18,7 @@ from imma_cli.attacks.settings import record, spec
 from imma_cli.concepts.batches import encode
 from imma_cli.concepts.drawing import drawing_seeds
 from imma_cli.errors import ImmaError
+from imma_cli.verification.adapters import Adapters, CannotKeepError
 from imma_cli.verification.lines import LARGEST, AttackRecord, Line, Measurement, Pictures, Untouched, WeightDistance
 from imma_cli.verification.lines import Model as ModelName
 from imma_cli.verification.models import Models, distances
@@ -25,6 +26,8 @@ from imma_cli.verification.plan import Effort, Job
 from imma_cli.verification.trials import points_of, run_trial
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from imma_cli.attacks.attack import Attack
     from imma_cli.concepts.batches import Latents
     from imma_cli.concepts.concept import Concept
@@ -58,6 +61,8 @@ class Bench:
     effort: Effort
     batch_size: int = 1
     untouched: Sequence[str] = ()
+    adapters: Adapters | None = None
+    """Where what the attacks learn is kept, if anywhere."""
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
     _coded: dict[tuple[str, tuple[str, ...]], Latents] = field(default_factory=dict)
 
@@ -123,6 +128,10 @@ def attack(bench: Bench, job: Job, attempt: int = 1, on_progress: OnProgress = l
                 bench, model, prompts, on_picture=lambda n: on_progress(so_far + n * per_picture / whole, None)
             )
 
+    def on_end(attached: Attack, model: Model, parameters: Mapping[str, nn.Parameter]) -> None:
+        if bench.adapters is not None and not searching:
+            bench.adapters.keep(job, attached, model, parameters)
+
     def line(step: int, **measured: Any) -> Measurement:
         return Measurement(
             study=bench.study,
@@ -153,10 +162,13 @@ def attack(bench: Bench, job: Job, attempt: int = 1, on_progress: OnProgress = l
             coded=lambda model, concept: bench.coded(job.model, concept),
             on_step=on_step,
             on_point=on_point,
+            on_end=on_end,
         )
         if not bench.models.is_as_loaded(job.model):
             raise ImmaError(f"The attack {job.attack.name} left the model changed.")
         scores, nearest = judge(bench.metrics, job.material, drawn)
+    except CannotKeepError:
+        raise
     except Exception as error:  # noqa: BLE001 - a plugin may raise anything; the other trials go on
         bench.forget(job.model)
         reason = " ".join([error.what, *error.reasons]) if isinstance(error, ImmaError) else _named(error)

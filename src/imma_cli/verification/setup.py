@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from imma_cli.concepts.concept import Concept
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
+    from imma_cli.verification.adapters import Adapters
     from imma_cli.verification.lines import Study
     from imma_cli.verification.metrics import Metric
     from imma_cli.verification.plan import Effort
@@ -121,8 +122,10 @@ class Setup:
             batch_size=self.batch_size,
         )
 
-    def campaign(self, study: Study, storage: Storage, *, baselines: bool) -> Campaign:
-        """The jobs of *study*. Baselines are made when the first trial needs them."""
+    def campaign(
+        self, study: Study, storage: Storage, *, baselines: bool, adapters: Adapters | None = None
+    ) -> Campaign:
+        """The jobs of *study*. Baselines are made when the first trial needs them; *adapters* keeps what attacks learn."""
         harmful, *benign = self.materials()
         if baselines:
             models, inputs = self.models, self.inputs
@@ -144,6 +147,7 @@ class Setup:
             self.effort,
             self.batch_size,
             study.prompts["untouched"],
+            adapters,
         )
         others = [name for name in self.models if name != "original"]
         return Campaign(bench, self.inputs.attacks, harmful, benign, study.budget, others, storage=storage)

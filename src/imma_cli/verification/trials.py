@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from imma_cli.attacks.training import Attacker, NotFiniteError
 from imma_cli.concepts.batches import TrainingSet, encode
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from imma_cli.attacks.attack import Attack
     from imma_cli.concepts.batches import Batch, Latents
     from imma_cli.concepts.concept import Concept
@@ -82,11 +84,13 @@ def run_trial(
     coded: Callable[[Model, Concept], Latents] = lambda model, concept: encode(model, concept.images),
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     on_point: Callable[[int, Model, Attack], None] = lambda step, model, attack: None,
+    on_end: Callable[[Attack, Model, Mapping[str, nn.Parameter]], None] = lambda attack, model, parameters: None,
 ) -> Trial:
     """Attack *model* with the pictures of *concept*; measure on those of *judge*. The model is left as it was.
 
     Pictures, captions, their order and all noise follow from *seed*, so that trials on two models are paired.
-    *coded* gives the latents of a concept's pictures; *on_point* sees the attacked model, and the attack as it is attached, at every point.
+    *coded* gives the latents of a concept's pictures; *on_point* sees the attacked model, and the attack as it is attached, at every point,
+    and *on_end* both with what was learned, after the last step.
 
     Raises:
         NotFiniteError: a loss became NaN or infinite.
@@ -99,7 +103,7 @@ def run_trial(
     own = ATTACKER_SEEDS + seed
     with attack.attach(model, concept, own) as parameters:
         rates = attack.rates(model)
-        attacker = Attacker(parameters, rates, attack.settings, steps)
+        attacker = Attacker(parameters, rates, attack.settings, steps, attack.rate_of)
         batches = iter(TrainingSet(model, attack, concept, latents, seed=own, batch_size=batch_size))
         # the judging noise is the same for every seed: it is the yardstick, not a part of the trial
         probes = _probes(TrainingSet(model, attack, judge, judged, seed=12345))
@@ -113,6 +117,7 @@ def run_trial(
             if step < steps:
                 loss = attacker.step(lambda: runtime.forward(lambda: attack.loss(model, next(batches))))
                 on_step(step + 1, loss)
+        on_end(attack, model, parameters)
     return Trial(which, record(attack), concept.name, seed, steps, rates.learning_rate, tuple(measured))
 
 

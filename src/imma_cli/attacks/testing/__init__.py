@@ -11,7 +11,15 @@ with suppress(ModuleNotFoundError):
     # pytest explains the assertions of test files and of nothing else unless told so before the import
     pytest.register_assert_rewrite("imma_cli.attacks.testing.contract")
 
-from imma_cli.attacks.testing.contract import AttackContract, example_concept
+from imma_cli.attacks.testing.contract import AttackContract, example_concept, left_as_it_was
 from imma_cli.attacks.testing.tiny import tiny_checkpoint, tiny_config, tiny_model, tiny_pipeline
 
-__all__ = ["AttackContract", "example_concept", "tiny_checkpoint", "tiny_config", "tiny_model", "tiny_pipeline"]
+__all__ = [
+    "AttackContract",
+    "example_concept",
+    "left_as_it_was",
+    "tiny_checkpoint",
+    "tiny_config",
+    "tiny_model",
+    "tiny_pipeline",
+]

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -172,6 +173,15 @@ class AttackContract:
         assert trials[0] == trials[1], "the same seed gave two results"
         assert trials[0].points[-1].step == 4
 
+    def test_what_it_learned_can_be_saved(self, family: str, typed: str, tmp_path: Path) -> None:
+        model, attack, concept = tiny_model(family), self.make(typed), example_concept()
+        with left_as_it_was(model), attack.attach(model, concept, 0) as parameters:
+            self.train(model, attack, concept, parameters, steps=1)
+            learned = {name: p.detach().clone() for name, p in parameters.items()}
+            attack.save(model, parameters, tmp_path)
+            assert different(learned, parameters) == [], "saving changed what was learned"
+        assert any(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()), "nothing was written"
+
     def train(
         self,
         model: Model,
@@ -183,7 +193,7 @@ class AttackContract:
         """Train the attached *parameters* on one batch, again and again; the losses before each step."""
         count = steps or self.steps
         batch = next(iter(TrainingSet(model, attack, concept, encode(model, concept.images), seed=0)))
-        attacker = Attacker(parameters, attack.rates(model), attack.settings, count)
+        attacker = Attacker(parameters, attack.rates(model), attack.settings, count, attack.rate_of)
         return [attacker.step(lambda: attack.loss(model, batch)) for _ in range(count)]
 
 

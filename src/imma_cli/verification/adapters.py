@@ -1,0 +1,114 @@
+"""What every attack learned, kept as files, so that somebody else can load it and look at the pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imma_cli.attacks.settings import record, spec
+from imma_cli.checkpoints.atomic import atomic_folder
+from imma_cli.errors import ImmaError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from imma_cli.attacks.attack import Attack
+    from imma_cli.families.model import Model
+    from imma_cli.verification.plan import Job
+
+ABOUT = "trial.json"
+LEARNED = "learned"
+LONGEST = 80
+"""Characters of a folder's name; settings may be many."""
+
+
+class CannotKeepError(ImmaError):
+    """What was asked for cannot be kept. It says nothing about what the attack achieves: the trial does not count as failed."""
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """A folder with one for every measured trial of *study*: ATTACK/CONCEPT/MODEL-seed-N."""
+
+    folder: Path
+    study: str
+    models: Mapping[str, str]
+    """SHA-256 of the checkpoints by the model's name."""
+
+    def check(self) -> None:
+        """Make the folder.
+
+        Raises:
+            ImmaError: it cannot be written to, or holds what another verification kept.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / ".imma-can-write"
+            probe.touch()
+            probe.unlink(missing_ok=True)
+            there = {_study_of(path) for path in self.folder.glob(f"*/*/*/{ABOUT}")}
+        except OSError as error:
+            raise ImmaError(
+                f"{self.folder} cannot be written: {error.strerror}.", hint="Choose another --save-adapters."
+            ) from error
+        if there - {self.study}:
+            raise ImmaError(
+                f"{self.folder} holds what attacks of another verification learned.",
+                hint="Choose another folder for --save-adapters.",
+            )
+
+    def place(self, job: Job) -> Path:
+        """The folder of *job*."""
+        return self.folder / _name(spec(job.attack)) / _name(job.material.name) / f"{job.model}-seed-{job.seed}"
+
+    def keep(self, job: Job, attack: Attack, model: Model, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Write what *attack*, attached to *model*, learned in *job*; the folder appears whole or not at all.
+
+        Raises:
+            CannotKeepError: it cannot be written, or the attack says that it cannot be saved.
+        """
+        place = self.place(job)
+        about = json.dumps(self._about(job, attack), indent=1, ensure_ascii=False)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_folder(place, force=True) as temporary:
+                (temporary / LEARNED).mkdir()
+                attack.save(model, parameters, temporary / LEARNED)
+                (temporary / ABOUT).write_text(about + "\n", encoding="utf-8")
+        except (ImmaError, OSError) as error:
+            reasons = [error.what, *error.reasons] if isinstance(error, ImmaError) else [error.strerror or str(error)]
+            raise CannotKeepError(f"What {attack.name} learned cannot be kept.", reasons) from error
+
+    def _about(self, job: Job, attack: Attack) -> dict[str, Any]:
+        prompts = job.material.prompts
+        return {
+            "study": self.study,
+            "trial": job.id,
+            "attack": record(attack),
+            "model": job.model,
+            "sha256": self.models.get(job.model),
+            "concept": job.material.name,
+            "prompts": [attack.caption(job.material.pictures, prompt) for prompt in prompts],
+            "seed": job.seed,
+            "steps": job.steps,
+        }
+
+
+def _name(text: str) -> str:
+    """*text* as a folder's name on every system; where that loses something, with a few digits that tell it from others."""
+    plain = re.sub(r"[^\w.=+-]+", "-", text, flags=re.ASCII).strip("-.")
+    if len(plain) <= LONGEST and re.fullmatch(r"[\w.=+ :,-]+", text, flags=re.ASCII):
+        return plain
+    return f"{plain[:LONGEST]}-{sha256(text.encode()).hexdigest()[:8]}".strip("-")
+
+
+def _study_of(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["study"])
+    except (ValueError, KeyError, TypeError):
+        return "unreadable"
