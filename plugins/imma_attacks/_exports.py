@@ -1,4 +1,7 @@
-"""What an attack learned, as files that other programs load."""
+"""What an attack learned, as files that other programs load.
+
+The libraries that know these files take seconds to import, so each is imported where a file is written.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_kohya
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,6 +22,8 @@ CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights.safetensors"
 
 def save_lora(folder: Path, unet: nn.Module, text_encoder: nn.Module | None = None) -> None:
     """The adapters in both networks: ``pytorch_lora_weights.safetensors`` for diffusers, ``kohya.safetensors`` for A1111 and ComfyUI."""
+    from diffusers import StableDiffusionPipeline
+
     parts = {"unet": unet} if text_encoder is None else {"unet": unet, "text_encoder": text_encoder}
     learned = {part: _adapter_state(network) for part, network in parts.items()}
     given: dict[str, Any] = {f"{part}_lora_layers": state for part, state in learned.items()}
@@ -61,12 +62,16 @@ def _config(network: Any) -> Any:
 
 
 def _adapter_state(network: Any) -> dict[str, Tensor]:
+    from peft.utils import get_peft_model_state_dict
+
     state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def _as_kohya(part: str, state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+def _as_kohya(part: str, state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     """kohya's names. A file for one text encoder calls it ``te``; its scale is alpha / rank, whatever PEFT's is."""
+    from diffusers.utils import convert_state_dict_to_kohya
+
     magnitudes = {n: t for n, t in state.items() if n.endswith(".lora_magnitude_vector")}
     matrices = {f"{part}.{n}": t for n, t in state.items() if n not in magnitudes}
     converted: dict[str, Tensor] = convert_state_dict_to_kohya(matrices)

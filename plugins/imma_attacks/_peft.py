@@ -1,4 +1,7 @@
-"""Adapters of PEFT in a part of a model, and out again without a trace."""
+"""Adapters of PEFT in a part of a model, and out again without a trace.
+
+PEFT and diffusers take seconds to import, and attacks are also imported to be listed: so they are imported where they are used.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from diffusers.utils.peft_utils import recurse_remove_peft_layers
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from imma_cli.errors import ImmaError
@@ -36,6 +37,9 @@ def adapter(network: nn.Module, config: Any, seed: int) -> Iterator[dict[str, nn
     Raises:
         ImmaError: PEFT cannot put that method into these layers; says why.
     """
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft import inject_adapter_in_model
+
     before = {id(p) for p in network.parameters()}
     asked = {name: p.requires_grad for name, p in network.named_parameters()}
     on_gpu = [p.device for p in network.parameters() if p.device.type == "cuda"][:1]
@@ -60,8 +64,10 @@ def adapter(network: nn.Module, config: Any, seed: int) -> Iterator[dict[str, nn
             parameter.requires_grad_(asked[name])
 
 
-def lora(rank: int, targets: list[str] | str, **options: Any) -> LoraConfig:
-    """LoRA with a scale of 1 (alpha = rank), which every program that reads such files agrees on."""
+def lora(rank: int, targets: list[str] | str, **options: Any) -> Any:
+    """PEFT's configuration of LoRA with a scale of 1 (alpha = rank), which every program that reads such files agrees on."""
+    from peft import LoraConfig
+
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, **options)
 
 

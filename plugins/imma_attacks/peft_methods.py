@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import peft
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.hra import HRALinear
 from torch import Tensor, nn
 
 from imma_attacks._captions import CAPTION_SEARCH, CaptionedAttack, CaptionSettings
@@ -29,12 +26,19 @@ OWN = ("lora", "dora", "rslora", "loha", "lokr", "oft", "boft", "ia3", "hra")
 """Methods that have an attack of their own."""
 NOT_FOR_LAYERS = ("xlora", "poly", "trainable_tokens")
 """Methods that mix adapters, or tasks, or train rows of an embedding."""
-CONFIGS: Mapping[str, type[Any]] = {
-    name: cls
-    for name, cls in sorted((str(kind.value).lower(), cls) for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items())
-    if "target_modules" in {field.name for field in fields(cls)} and name not in (*OWN, *NOT_FOR_LAYERS)
-}
-"""The configuration classes of all others that go into layers, by PEFT's name."""
+
+
+@cache
+def further_methods() -> Mapping[str, type[Any]]:
+    """The configuration classes of all others that go into layers, by PEFT's name."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = sorted((str(kind.value).lower(), cls) for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items())
+    return {
+        name: cls
+        for name, cls in known
+        if "target_modules" in {field.name for field in fields(cls)} and name not in (*OWN, *NOT_FOR_LAYERS)
+    }
 
 
 def rates(paper: float, small: float, outer: float = 1e-4) -> Mapping[str, Preset]:
@@ -158,7 +162,9 @@ class LoHa(RankAttack):
     presets: ClassVar = rates(paper=1e-4, small=3e-3)
 
     def config(self, seed: int) -> Any:
-        return peft.LoHaConfig(r=self.settings.rank, alpha=self.settings.rank, target_modules=self.layers)
+        from peft import LoHaConfig
+
+        return LoHaConfig(r=self.settings.rank, alpha=self.settings.rank, target_modules=self.layers)
 
 
 class LoKr(RankAttack):
@@ -171,7 +177,9 @@ class LoKr(RankAttack):
     presets: ClassVar = rates(paper=1e-4, small=3e-3)
 
     def config(self, seed: int) -> Any:
-        return peft.LoKrConfig(r=self.settings.rank, alpha=self.settings.rank, target_modules=self.layers)
+        from peft import LoKrConfig
+
+        return LoKrConfig(r=self.settings.rank, alpha=self.settings.rank, target_modules=self.layers)
 
 
 class Hra(RankAttack):
@@ -186,10 +194,14 @@ class Hra(RankAttack):
     presets: ClassVar = rates(paper=5e-3, small=3e-3)
 
     def config(self, seed: int) -> Any:
-        return peft.HRAConfig(r=self.settings.rank, target_modules=self.layers)
+        from peft import HRAConfig
+
+        return HRAConfig(r=self.settings.rank, target_modules=self.layers)
 
     @contextmanager
     def attach(self, model: Model, concept: Concept, seed: int) -> Iterator[dict[str, nn.Parameter]]:
+        from peft.tuners.hra import HRALinear
+
         with super().attach(model, concept, seed) as parameters:
             for layer in model.unet.modules():
                 if isinstance(
@@ -199,7 +211,7 @@ class Hra(RankAttack):
             yield parameters
 
 
-def _reflected(layer: HRALinear, inputs: Tensor) -> Tensor:
+def _reflected(layer: Any, inputs: Tensor) -> Tensor:
     """W (R x) + b for *inputs* x [..., in]: what the layer computes as (W R) x + b."""
     reflections = layer.get_delta_weight(ADAPTER)  # [in, in]
     return cast(Tensor, layer.get_base_layer()(inputs @ reflections.T.to(inputs.dtype)))
@@ -223,7 +235,9 @@ class Oft(BlockAttack):
     presets: ClassVar = rates(paper=3e-5, small=3e-3)
 
     def config(self, seed: int) -> Any:
-        return peft.OFTConfig(r=0, oft_block_size=self.settings.block_size, target_modules=self.layers)
+        from peft import OFTConfig
+
+        return OFTConfig(r=0, oft_block_size=self.settings.block_size, target_modules=self.layers)
 
 
 class Boft(BlockAttack):
@@ -236,7 +250,9 @@ class Boft(BlockAttack):
     presets: ClassVar = rates(paper=3e-5, small=3e-3)
 
     def config(self, seed: int) -> Any:
-        return peft.BOFTConfig(boft_block_size=self.settings.block_size, target_modules=self.layers)
+        from peft import BOFTConfig
+
+        return BOFTConfig(boft_block_size=self.settings.block_size, target_modules=self.layers)
 
 
 class Ia3(PeftAttack):
@@ -251,7 +267,9 @@ class Ia3(PeftAttack):
     search: ClassVar = LAYER_SEARCH
 
     def config(self, seed: int) -> Any:
-        return peft.IA3Config(target_modules=self.layers, feedforward_modules=[])
+        from peft import IA3Config
+
+        return IA3Config(target_modules=self.layers, feedforward_modules=[])
 
 
 @dataclass(frozen=True)
@@ -265,10 +283,8 @@ class AnyMethodSettings(RankSettings):
         super().__post_init__()
         if self.method in OWN:
             raise ValueError(f"method {self.method} is an attack of its own: --attack {self.method}")
-        if self.method not in CONFIGS:
-            raise ValueError(
-                f"PEFT {peft.__version__} has no method {self.method!r} for layers; it has {', '.join(CONFIGS)}"
-            )
+        if self.method not in further_methods():
+            raise ValueError(f"PEFT has no method {self.method!r} for layers; it has {', '.join(further_methods())}")
 
 
 class AnyMethod(RankAttack):
@@ -284,7 +300,7 @@ class AnyMethod(RankAttack):
     presets: ClassVar = rates(paper=1e-4, small=1e-3)
 
     def config(self, seed: int) -> Any:
-        cls = CONFIGS[self.settings.method]
+        cls = further_methods()[self.settings.method]
         known = {field.name for field in fields(cls)}
         wanted = {"r": self.settings.rank, "target_modules": self.layers, "random_seed": seed}
         try:
