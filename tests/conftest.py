@@ -6,6 +6,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# tests run beside each other, and so do the processes that they start: one thread each
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 import signal

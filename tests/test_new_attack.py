@@ -13,16 +13,39 @@ from imma_cli.attacks.manager import discover
 from imma_cli.attacks.new import write_package
 from imma_cli.errors import ImmaError
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    return Environment(tmp_path_factory.mktemp("environment") / "venv")
+    """A fresh environment with imma's own wheel, as somebody has it who is no developer of imma.
+
+    Only what imma requires (torch alone is gigabytes) comes from the environment that runs the tests.
+    """
+    pytest.importorskip("hatchling", reason="pip install 'imma-cli[test]' brings it")
+    folder = tmp_path_factory.mktemp("environment")
+    environment = Environment(folder / "venv")
+    built = environment.run("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, ROOT)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = folder.glob("imma_cli-*.whl")
+    # the developer's imma is seen from here, too: pip must neither be content with it nor remove it
+    done = environment.run("-m", "pip", "install", "--no-deps", "--ignore-installed", wheel)
+    assert done.returncode == 0, done.stderr
+    return environment
+
+
+def test_the_wheel_is_what_runs_there(environment: Environment) -> None:
+    places = "import imma_cli, imma_attacks, importlib.metadata as m; print(imma_cli.__file__, imma_attacks.__file__, m.distribution('imma-cli').locate_file(''), sep='\\n')"
+    done = environment.run("-c", places)
+    assert done.returncode == 0, done.stderr
+    assert all(Path(line).is_relative_to(environment.packages) for line in done.stdout.splitlines())
+    listed = environment.imma("attacks", "--json")
+    assert {attack["name"] for attack in json.loads(listed.stdout)["attacks"]} == set(discover().found)
 
 
 def test_it_is_built_installed_listed_hardened_against_and_verified_with(
     environment: Environment, tiny_checkpoint: Path, tiny_config: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("hatchling", reason="pip install 'imma-cli[test]' brings it")
     folder, hardened = tmp_path / "package", tmp_path / "hard.safetensors"
     done = environment.imma("new-attack", "my-method", folder)
     assert done.returncode == 0, done.stderr

@@ -3,8 +3,8 @@
     python benchmarks/attacks/defend.py              # raw lines to benchmarks/attacks/results/defend.jsonl
 
 `imma harden` with default settings against every attack that ships; then the same attack for 300 steps, one seed, on
-pictures that hardening never saw, and unrelated prompts drawn by both models. An attack that is there already is not
-measured again; --part 1/2 and --part 2/2 share the work.
+pictures that hardening never saw, and unrelated prompts drawn by both models. What the attack gets from the original is
+in transfer.jsonl. An attack that is there already is not measured again; --part 1/2 and --part 2/2 share the work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from transfer import CONCEPT, RESULTS, STEPS, Judge, checkpoint, shipped
+from transfer import CONCEPT, RESULTS, STEPS, Judge, checkpoint, read, shipped
 
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
@@ -63,15 +63,13 @@ def main() -> None:
             subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE).stdout
         )
         hardened = runtime.apply(open_checkpoint(output).load())
-        courses = {
-            which: [
-                round(point.loss, 5)
-                for point in run_trial(
-                    model, which, attack, pictures, judging, steps=STEPS, seed=0, runtime=runtime
-                ).points
-            ]
-            for which, model in (("original", original), ("hardened", hardened))
-        }
+        trial = run_trial(hardened, "hardened", attack, pictures, judging, steps=STEPS, seed=0, runtime=runtime)
+        (before,) = (
+            line["losses"]
+            for line in read()
+            if (line["model"], line.get("attack"), line.get("seed")) == ("original", name, 0)
+        )
+        courses = {"original": before, "hardened": [round(point.loss, 5) for point in trial.points]}
         line = {
             "attack": name, "outer_learning_rate": outer, "relative_change": round(said["relative_change"], 4),
             "unreached": len(said["unreached"]), "untouched": judge.untouched(hardened, original), "losses": courses,
