@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -73,6 +74,14 @@ def test_the_rates_come_from_the_raw_data() -> None:
         (j["attack"], j["learning_rate"]): f"{j['losses']['300']:.3f}" for j in map(json.loads, raw.splitlines())
     }
     assert shown == measured
+
+
+def test_the_transfer_table_comes_from_the_raw_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "attacks"))
+    transfer = importlib.import_module("transfer")
+    table = transfer.table(transfer.read()).split("\n\n")[0]
+    assert table in (DOCS / "attacks" / "index.md").read_text(encoding="utf-8")
+    assert table in transfer.TABLE.read_text(encoding="utf-8")
 
 
 def test_every_metric_that_ships_has_a_section_with_its_settings() -> None:
