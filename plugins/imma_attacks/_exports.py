@@ -49,10 +49,10 @@ def save_words(folder: Path, words: Sequence[str], embeddings: Tensor) -> None:
 
 
 def save_custom_diffusion(folder: Path, unet: Any, projections: Mapping[str, Tensor]) -> None:
-    """*projections* (K and V of cross-attention, by name) as ``unet.load_attn_procs`` reads them."""
+    """*projections* (the weights of K and V of cross-attention, by their layer's name) as ``unet.load_attn_procs`` reads them."""
     state: dict[str, Tensor] = {name: torch.zeros(0) for name in unet.attn_processors if ".attn1." in name}
     for name, weight in projections.items():
-        layer, projection, _ = name.rsplit(".", 2)
+        layer, projection = name.rsplit(".", 1)
         state[f"{layer}.processor.{projection}_custom_diffusion.weight"] = weight.detach().cpu().contiguous()
     save_file(state, folder / CUSTOM_DIFFUSION)
 

@@ -6,20 +6,46 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
 from imma_attacks._dreambooth import DREAMBOOTH_SEARCH, DreamBoothLoss, DreamBoothSettings
 from imma_attacks._exports import save_custom_diffusion, save_words
-from imma_attacks._in_place import given_back
 from imma_attacks._words import new_words
 from imma_cli.attacks import Attack, Choice, Preset, hookimpl
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
 
 WORD = "<imma-0>"
-TRAINED = (".attn2.to_k.weight", ".attn2.to_v.weight")
+TRAINED = (".attn2.to_k", ".attn2.to_v")
+
+
+class Sum(nn.Module):
+    """A weight and the change of it that is trained."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.change = nn.Parameter(torch.zeros_like(weight), requires_grad=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.change
+
+
+@contextmanager
+def changed(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Parameter]]:
+    """The changes of *layers*' weights, by the layer's name, which begin as zero; gone after the context."""
+    changes = {name: Sum(cast(Tensor, layer.weight)) for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            register_parametrization(layer, "weight", changes[name])
+        yield {name: change.change for name, change in changes.items()}
+    finally:
+        for layer in layers.values():
+            if is_parametrized(layer, "weight"):
+                remove_parametrizations(layer, "weight", leave_parametrized=False)
 
 
 @dataclass(frozen=True)
@@ -33,7 +59,11 @@ class CustomDiffusionSettings(DreamBoothSettings):
 
 
 class CustomDiffusion(DreamBoothLoss):
-    """The projections of the text in cross-attention, in place, and the embedding of a new word before the class noun."""
+    """A change of the text's projections in cross-attention, and the embedding of a new word before the class noun.
+
+    The change has the size of the weights and is added to them: the attacker gets what it would get by training them in
+    place, and hardening keeps none of its steps.
+    """
 
     name = "custom-diffusion"
     summary = "keys and values of cross-attention and a new word, with pictures of the class"
@@ -41,12 +71,11 @@ class CustomDiffusion(DreamBoothLoss):
     paper = "arXiv 2212.04488"
     Settings = CustomDiffusionSettings
     settings: CustomDiffusionSettings
-    in_place = True
     trains_text = True
     search: ClassVar = {**DREAMBOOTH_SEARCH, "token": Choice(("ktn", "sks", "the"))}
     presets: ClassVar = {
         "paper": Preset(learning_rate=1e-5, outer_learning_rate=1e-5, steps=1000),
-        "small": Preset(learning_rate=1e-3, outer_learning_rate=2e-4, steps=600),
+        "small": Preset(learning_rate=1e-3, outer_learning_rate=1e-4, steps=600),
     }
 
     def caption(self, concept: Concept, caption: str) -> str:
@@ -55,12 +84,13 @@ class CustomDiffusion(DreamBoothLoss):
     @contextmanager
     def attach(self, model: Model, concept: Concept, seed: int) -> Iterator[dict[str, nn.Parameter]]:
         self.prepare_prior(model, concept, seed)
-        projections = {name: p for name, p in model.unet.named_parameters() if name.endswith(TRAINED)}
-        with given_back(projections) as parameters, new_words(model, [WORD], self.settings.token, seed) as new:
-            yield {**parameters, WORD: new}
+        layers = {name: layer for name, layer in model.unet.named_modules() if name.endswith(TRAINED)}
+        with new_words(model, [WORD], self.settings.token, seed) as new, changed(layers) as changes:
+            yield {**changes, WORD: new}
 
     def save(self, model: Model, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
-        save_custom_diffusion(folder, model.unet, {n: p for n, p in parameters.items() if n != WORD})
+        learned = {name: model.unet.get_submodule(name).weight for name in parameters if name != WORD}
+        save_custom_diffusion(folder, model.unet, learned)
         save_words(folder, [WORD], parameters[WORD].detach())
 
 
