@@ -134,7 +134,16 @@ def test_presets_follow_the_size_of_the_model_and_the_user(tiny_model: Model) ->
 def test_everything_wrong_with_attacks_is_said_at_once() -> None:
     with pytest.raises(ImmaError) as caught:
         parse_attacks(
-            ["lorra", "lora:rnk=3", "lora:rank=many", "lora:rank=0", "lora:rank", "dreambooth:prior_weight=-1"],
+            [
+                "hra:rank=3",
+                "dreambooth:prior_weight=nan",
+                "lorra",
+                "lora:rnk=3",
+                "lora:rank=many",
+                "lora:rank=0",
+                "lora:rank",
+                "dreambooth:prior_weight=-1",
+            ],
             REGISTRY,
         )
     said = str(caught.value)
@@ -145,6 +154,8 @@ def test_everything_wrong_with_attacks_is_said_at_once() -> None:
         "at least 1",
         "key=value",
         "negative",
+        "rank must be even",
+        "prior_weight must be a finite number, not nan",
     ):
         assert part in said
 

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from imma_cli.attacks import Attack
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
+from imma_cli.attacks.testing import example_concept
 from imma_cli.attacks.training import NotFiniteError
 from imma_cli.concepts.batches import TrainingSet, encode
 from imma_cli.concepts.concept import Concept
@@ -230,3 +231,23 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_model: Model) ->
     CPU.apply(tiny_model, gradient_checkpointing=True)
     saved = immunize(tiny_model, [attack_named("lora")], [some_concept()], ImmunizerSettings(steps=2), CPU).weights
     assert all(torch.allclose(plain[n], saved[n], atol=1e-6) for n in plain)
+
+
+def test_what_an_attacker_holds_on_to_is_not_taken_away(tiny_model: Model) -> None:
+    """Prior preservation is minimised by the attacker, and never maximised by hardening."""
+    (attack,) = parse_attacks(["dreambooth-lora:prior_weight=5,prior_images=1"], discover())
+    concept = example_concept()
+    with attack.attach(tiny_model, concept, 0), torch.no_grad():
+        batch = next(iter(TrainingSet(tiny_model, attack, concept, encode(tiny_model, concept.images), seed=0)))
+        plain = tiny_model.family.loss(
+            tiny_model, batch.latents, batch.conditioning, batch.noise, batch.timesteps
+        ).mean()
+        assert attack.loss(tiny_model, batch) > 2 * plain
+        assert torch.equal(attack.concept_loss(tiny_model, batch), plain)
+    raised: list[str] = []
+    cls = type(attack)
+    watched = type(
+        "Watched", (cls,), {"concept_loss": lambda s, m, b: raised.append("up") or cls.concept_loss(s, m, b)}
+    )
+    immunize(tiny_model, [watched(attack.settings)], [concept], ImmunizerSettings(steps=6), CPU)
+    assert raised == ["up"] * 3

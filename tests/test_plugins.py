@@ -42,6 +42,8 @@ BROKEN = {
     "not_frozen": (f"{ATTACK}\n@dataclass\nclass S: ...\nMine.Settings = S{HOOK}", "no dataclass derived"),
     "nameless": (f"{ATTACK}\ndel Mine.name{HOOK}", "does not state its name"),
     "no_presets": (f"{ATTACK}\nMine.presets = {{}}{HOOK}", "lacks paper and small"),
+    "other_presets": (f"{ATTACK}\nMine.presets = {{'paper': 1, 'small': 2}}{HOOK}", "no Preset"),
+    "other_search": (f"{ATTACK}\nMine.search = {{'learning_rate': 3}}{HOOK}", "no Range"),
     "families": (f"{ATTACK}\nMine.families = 'sd1'{HOOK}", "no tuple of families"),
     "twin": ("from imma_attacks.lora import imma_attacks", "the attack lora is already registered by imma-cli"),
     "twice": (f"{ATTACK}\n@hookimpl\ndef imma_attacks():\n    return [Mine, Mine]", "registers the attack mine twice"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +20,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor, nn
@@ -696,7 +697,8 @@ def test_what_attacks_learned_is_kept_for_others_to_check(imma: Any, arguments: 
     _, out, _ = imma(*command, *report)
     assert f"Adapters: {kept} (2 trials)" in out
     trials = sorted(path.relative_to(kept).as_posix() for path in kept.glob("*/*/*"))
-    assert [trial.split("/", 1)[1] for trial in trials] == ["blue-style/hardened-seed-0", "blue-style/original-seed-0"]
+    assert [trial.split("/")[2] for trial in trials] == ["hardened-seed-0", "original-seed-0"]
+    assert all(re.match(r"textual-inversion-tokens=2-[0-9a-f]{8}/blue-style-[0-9a-f]{8}/", trial) for trial in trials)
     about = json.loads((kept / trials[0] / "trial.json").read_text())
     assert about["prompts"][0] == "an image of <imma-0> <imma-1>"
     assert (
@@ -712,13 +714,16 @@ def test_what_attacks_learned_is_kept_for_others_to_check(imma: Any, arguments: 
     code, _, err = imma(*command, "--budget", 9)
     assert code == 2
     assert "of another verification learned" in err
+    code, _, err = imma(*command[:-1], tmp_path / "report")
+    assert code == 2
+    assert "report holds other files: model-card.md" in err
 
 
 def test_a_folder_that_fills_up_stops_the_run_and_costs_no_trial(
     imma: Any, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")  # no OSError
 
     lora = discover().get("lora")
     command = [*arguments, "--attack", "lora", "--seeds", 1, "--report", tmp_path / "report"]
@@ -727,7 +732,7 @@ def test_a_folder_that_fills_up_stops_the_run_and_costs_no_trial(
         code, _, err = imma(*command, "--save-adapters", tmp_path / "kept")
     assert code == 2
     assert "What lora learned cannot be kept" in err
-    assert "the disk is full" in err
+    assert "No space left on device" in err
     assert not list((tmp_path / "kept").rglob("*.part"))
     _, out, _ = imma(*command, "--save-adapters", tmp_path / "kept", "--json")
     assert not json.loads(out).get("failed_trials")

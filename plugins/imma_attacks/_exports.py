@@ -65,7 +65,8 @@ def _adapter_state(network: Any) -> dict[str, Tensor]:
     from peft.utils import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    # some methods share matrices between layers, which a file cannot
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
 
 
 def _as_kohya(part: str, state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -84,5 +85,7 @@ def _as_kohya(part: str, state: Mapping[str, Tensor], config: Any) -> dict[str, 
     prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[part]
     for name, tensor in magnitudes.items():
         layer = name.removesuffix(".lora_magnitude_vector").replace(".", "_")
-        found[f"{prefix}{layer}.dora_scale"] = tensor.reshape(len(tensor), 1)
+        found[f"{prefix}{layer}.dora_scale"] = tensor.reshape(
+            -1, *(1,) * max(1, tensor.ndim - 1)
+        )  # [out, 1], or [out, 1, 1, 1] of a convolution
     return found

@@ -182,6 +182,19 @@ class LoKr(RankAttack):
         return LoKrConfig(r=self.settings.rank, alpha=self.settings.rank, target_modules=self.layers)
 
 
+@dataclass(frozen=True)
+class HraSettings(RankSettings):
+    """Settings of Householder reflections."""
+
+    rank: int = 4
+    """How many reflections: an even number."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank % 2:
+            raise ValueError(f"rank must be even, as reflections undo each other in pairs at first, not {self.rank}")
+
+
 class Hra(RankAttack):
     """A chain of Householder reflections: orthogonal, and of low rank."""
 
@@ -189,7 +202,7 @@ class Hra(RankAttack):
     summary = "a chain of Householder reflections of each layer's input"
     trains = "Householder vectors before layers of the UNet"
     paper = "arXiv 2405.17484"
-    # reflections come in pairs: with an odd number the attack would begin from a broken model
+    Settings = HraSettings
     search: ClassVar = {**RANK_SEARCH, "rank": Choice((2, 4, 16))}
     presets: ClassVar = rates(paper=5e-3, small=3e-3)
 
@@ -241,11 +254,11 @@ class Oft(BlockAttack):
 
 
 class Boft(BlockAttack):
-    """Orthogonal fine-tuning through butterfly factors."""
+    """Orthogonal butterfly fine-tuning, with one factor as in PEFT's default: blocks of rotations, and a scale."""
 
     name = "boft"
-    summary = "orthogonal fine-tuning through butterfly factors"
-    trains = "butterfly rotations of layers of the UNet"
+    summary = "block-wise rotations and a scale of each layer's weights (BOFT, one butterfly factor)"
+    trains = "block-wise rotations and scales of layers of the UNet"
     paper = "arXiv 2311.06243"
     presets: ClassVar = rates(paper=3e-5, small=3e-3)
 

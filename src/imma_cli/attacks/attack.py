@@ -133,11 +133,15 @@ class Attack(Plugin):
         return caption
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
-        """The scalar that the attacker minimises over φ, and that immunization then maximises over θ."""
+        """The scalar that the attacker minimises over φ."""
         conditioning = batch.conditioning
         if conditioning is None:
             conditioning = model.family.encode_prompts(model, batch.captions)
         return model.family.loss(model, batch.latents, conditioning, batch.noise, batch.timesteps).mean()
+
+    def concept_loss(self, model: Model, batch: Batch) -> Tensor:
+        """The scalar that immunization maximises over θ: the attacker's loss without what holds on to other things."""
+        return self.loss(model, batch)
 
     def save(self, model: Model, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
         """Write what was learned into the empty *folder*, in the formats that its users' programs load.

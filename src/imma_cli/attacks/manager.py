@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import pluggy
 
 from imma_cli.attacks import hookspecs
-from imma_cli.attacks.attack import Attack
+from imma_cli.attacks.attack import Attack, Choice, Preset, Range
 from imma_cli.attacks.plugin import Plugin
 from imma_cli.attacks.points import in_order, plugin_points
 from imma_cli.errors import ImmaError
@@ -62,6 +62,10 @@ def _facts_are_complete(attack: type[Attack]) -> None:
     lacking = sorted({"paper", "small"} - set(attack.presets))
     if lacking:
         raise TypeError(f"{attack.__name__}.presets lacks {' and '.join(lacking)}")
+    if not all(isinstance(preset, Preset) for preset in attack.presets.values()):
+        raise TypeError(f"{attack.__name__}.presets holds something that is no Preset")
+    if not isinstance(attack.search, Mapping) or not all(isinstance(s, Range | Choice) for s in attack.search.values()):
+        raise TypeError(f"{attack.__name__}.search holds something that is no Range and no Choice")
     if not isinstance(attack.trains, str):
         raise TypeError(f"{attack.__name__}.trains is no text: {attack.trains!r}")
     unknown = sorted(set(attack.search) - {field.name for field in fields(attack.Settings)})

@@ -10,6 +10,7 @@ from string import Template
 
 from imma_cli import __version__
 from imma_cli.attacks.points import OWN
+from imma_cli.checkpoints.atomic import atomic_folder
 from imma_cli.errors import ImmaError
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -53,9 +54,15 @@ def write_package(name: str, folder: Path, taken: Collection[str]) -> list[Path]
         "distribution": f"{PREFIX}{name}",
         "requires": _compatible(),
     }
-    (folder / "tests").mkdir(parents=True)
-    for path, text in templates.items():
-        path.write_text(Template(text).substitute(words), encoding="utf-8")
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder) as unfinished:
+            for path, text in templates.items():
+                place = unfinished / path.relative_to(folder)
+                place.parent.mkdir(exist_ok=True)
+                place.write_text(Template(text).substitute(words), encoding="utf-8")
+    except OSError as error:
+        raise ImmaError(f"{folder} cannot be written: {error.strerror}.") from error
     return list(templates)
 
 

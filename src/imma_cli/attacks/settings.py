@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -100,6 +101,8 @@ def _values(cls: type[Plugin], text: str) -> tuple[dict[str, Any], list[str]]:
         else:
             try:
                 values[key] = TypeAdapter(hints[key]).validate_python(raw)
+                if isinstance(values[key], float) and not math.isfinite(values[key]):
+                    reasons.append(f"{cls.name}: {key} must be a finite number, not {raw}")
             except ValidationError:
                 reasons.append(f"{cls.name}: {key}={raw!r} is no {_type_name(known[key].type)}")
     return values, reasons

@@ -47,12 +47,10 @@ def install(
     instead = command_for(sources, upgrade=upgrade)
     require_pip(instead)
     for source in sources:
-        err.print(f"{source.argument}: from {source.origin}", markup=False, soft_wrap=True)
+        err.print(f"{source.shown}: from {source.origin}", markup=False, soft_wrap=True)
     built = [source for source in sources if source.builds]
     if built:
-        _consent(
-            f"{' and '.join(s.argument for s in built)}: not a wheel, so its code runs while it is built.", yes=yes
-        )
+        _consent(f"{' and '.join(s.shown for s in built)}: not a wheel, so its code runs while it is built.", yes=yes)
     with pip() as runner:
         wheels_only = not built
         if wheels_only:

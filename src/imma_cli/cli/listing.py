@@ -36,11 +36,11 @@ def show_all(
     table = Table(Column(registry.kind.noun, no_wrap=True), *columns.values(), "package")
     for name, f in sorted(registry.found.items()):
         said = facts(f.cls)
-        table.add_row(name, *(_cell(said[fact]) for fact in columns), escape(f"{f.distribution} {f.version}"))
+        table.add_row(escape(name), *(_cell(said[fact]) for fact in columns), escape(f"{f.distribution} {f.version}"))
     out.print(table)
     for b in registry.broken:
         err.print(
-            f"[yellow]The plugin {b.plugin} of {b.distribution} {b.version} cannot be used:[/] {escape(b.reason)}",
+            f"[yellow]The plugin {escape(f'{b.plugin} of {b.distribution} {b.version}')} cannot be used:[/] {escape(b.reason)}",
             soft_wrap=True,
         )
     for d in registry.disabled:
@@ -79,14 +79,15 @@ def show_one(
         print_json({"name": name, **facts, **package, "settings": described, **(more or {})})
         return
     package_name = f"{found.distribution} {found.version}"
-    out.print(f"[bold]{name}[/]: {escape(cls.summary)} ({'; '.join(filter(None, (remark, package_name)))})")
+    about = "; ".join(filter(None, (remark, package_name)))
+    out.print(f"[bold]{escape(name)}[/]: {escape(f'{cls.summary} ({about})')}")
     if not settings:
         out.print("It has no settings.")
         return
     table = Table(
         *("setting", "type", "default", "meaning"),
         *(["searched over"] if search is not None else []),
-        title=f"settings: {name}:key=value,...",
+        title=f"settings: {escape(name)}:key=value,...",
         title_justify="left",
     )
     for s in settings:

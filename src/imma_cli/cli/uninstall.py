@@ -22,6 +22,9 @@ def uninstall(
     needed = needed_by_imma()
     refusals = Refusals("These packages cannot be uninstalled.")
     for each in names:
+        if not each:
+            refusals.add("An empty name is given.")
+            continue
         brought_by = sorted({p.package.name for p in points if p.entry.name == each})
         if each in needed:
             refusals.add(f"imma needs {each}.")

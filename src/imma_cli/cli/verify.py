@@ -134,6 +134,10 @@ def verify(
 
     if report is not None:
         refusals.check(check_folder, report)
+    if save_adapters is not None:
+        from imma_cli.verification import adapters as keeping_adapters
+
+        refusals.check(keeping_adapters.check_folder, save_adapters)
     if storage is not None:
         from imma_cli.verification.backends import Location
 

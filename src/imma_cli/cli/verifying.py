@@ -181,13 +181,13 @@ def open_adapters(folder: Path | None, study: Study) -> Adapters | None:
 
 def what_was_kept(adapters: Adapters, records: Records) -> str:
     """How many trials' results lie in the folder, and of how many they are missing."""
-    from imma_cli.verification.adapters import ABOUT
+    from imma_cli.verification.measuring import ATTEMPT
 
-    kept = len(list(adapters.folder.glob(f"*/*/*/{ABOUT}")))
     measured = {line.trial for line in records.measurements if line.purpose != "search" and line.status == "ok"}
-    said = f"Adapters: {adapters.folder} ({kept} trials)"
-    lacking = len(measured) - kept
-    return said if lacking <= 0 else f"{said}; {lacking} trials were finished earlier, without keeping them"
+    kept = adapters.kept()
+    said = f"Adapters: {adapters.folder} ({len(kept)} trials)"
+    lacking = sum(trial.partition(ATTEMPT)[0] not in kept for trial in measured)
+    return said if not lacking else f"{said}; {lacking} trials were finished earlier, without keeping them"
 
 
 def run(campaign: Campaign, kept: Kept, *, resumable: bool, quiet: bool) -> Records:

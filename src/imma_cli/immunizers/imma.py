@@ -79,6 +79,9 @@ class Turn:
     def loss(self) -> Tensor:
         return self.runtime.forward(lambda: self.attack.loss(self.model, next(self.batches)))
 
+    def concept_loss(self) -> Tensor:
+        return self.runtime.forward(lambda: self.attack.concept_loss(self.model, next(self.batches)))
+
 
 def immunize(
     model: Model,
@@ -126,7 +129,7 @@ def _alternate(
     for cycle, turn in enumerate(order):
         inner_loss = turn.attacker.step(turn.loss) if settings.method == "imma" else None
         outer.param_groups[0]["lr"] = turn.outer_learning_rate
-        outer_loss = gradient_step(outer, protected, turn.loss, turn.attacker.max_grad_norm)
+        outer_loss = gradient_step(outer, protected, turn.concept_loss, turn.attacker.max_grad_norm)
         yield Step(cycle + 1, cycles, turn.attack.name, turn.concept.name, inner_loss, outer_loss)
 
 

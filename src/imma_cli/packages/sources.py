@@ -31,6 +31,11 @@ class Source:
     """The distribution's name, as far as the text tells it."""
     editable: bool = False
 
+    @property
+    def shown(self) -> str:
+        """The argument without a name and password that may stand in an address."""
+        return re.sub(r"//[^/@\s]*@", "//", self.argument)
+
 
 def source_of(text: str, *, editable: bool = False) -> Source:
     """What *text* means: a name on the package index, a wheel, an archive, a folder or an address.
@@ -57,7 +62,10 @@ def source_of(text: str, *, editable: bool = False) -> Source:
 
 def redacted(url: str) -> str:
     """*url* without the name and password that may stand in it."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ImmaError(f"{url!r} is no address: {error}.") from error
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
@@ -67,8 +75,9 @@ def _looks_like_path(text: str) -> bool:
 
 
 def _at_address(url: str, argument: str, name: str | None, *, editable: bool) -> Source:
+    shown = redacted(url)
     wheel = not editable and "+" not in urlsplit(url).scheme and urlsplit(url).path.endswith(".whl")
-    return Source(argument, redacted(url), builds=not wheel, name=name, editable=editable)
+    return Source(argument, shown, builds=not wheel, name=name, editable=editable)
 
 
 def _on_disk(text: str, *, editable: bool) -> Source:

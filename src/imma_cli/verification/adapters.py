@@ -41,26 +41,16 @@ class Adapters:
     """SHA-256 of the checkpoints by the model's name."""
 
     def check(self) -> None:
-        """Make the folder.
-
-        Raises:
-            ImmaError: it cannot be written to, or holds what another verification kept.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".imma-can-write"
-            probe.touch()
-            probe.unlink(missing_ok=True)
-            there = {_study_of(path) for path in self.folder.glob(f"*/*/*/{ABOUT}")}
-        except OSError as error:
-            raise ImmaError(
-                f"{self.folder} cannot be written: {error.strerror}.", hint="Choose another --save-adapters."
-            ) from error
-        if there - {self.study}:
+        """Raises ImmaError where the folder holds what another verification kept."""
+        if {_study_of(path) for path in self.folder.glob(f"*/*/*/{ABOUT}")} - {self.study}:
             raise ImmaError(
                 f"{self.folder} holds what attacks of another verification learned.",
                 hint="Choose another folder for --save-adapters.",
             )
+
+    def kept(self) -> set[str]:
+        """The trials that lie in the folder, as their raw lines call them."""
+        return {str(_about(path).get("trial")) for path in self.folder.glob(f"*/*/*/{ABOUT}")}
 
     def place(self, job: Job) -> Path:
         """The folder of *job*."""
@@ -70,7 +60,7 @@ class Adapters:
         """Write what *attack*, attached to *model*, learned in *job*; the folder appears whole or not at all.
 
         Raises:
-            CannotKeepError: it cannot be written, or the attack says that it cannot be saved.
+            CannotKeepError: it cannot be written, or saving fails.
         """
         place = self.place(job)
         about = json.dumps(self._about(job, attack), indent=1, ensure_ascii=False)
@@ -80,8 +70,10 @@ class Adapters:
                 (temporary / LEARNED).mkdir()
                 attack.save(model, parameters, temporary / LEARNED)
                 (temporary / ABOUT).write_text(about + "\n", encoding="utf-8")
-        except (ImmaError, OSError) as error:
-            reasons = [error.what, *error.reasons] if isinstance(error, ImmaError) else [error.strerror or str(error)]
+        except Exception as error:  # whatever the attack raises; safetensors' own error of a full disk is no OSError
+            reasons = (
+                [error.what, *error.reasons] if isinstance(error, ImmaError) else [f"{type(error).__name__}: {error}"]
+            )
             raise CannotKeepError(f"What {attack.name} learned cannot be kept.", reasons) from error
 
     def _about(self, job: Job, attack: Attack) -> dict[str, Any]:
@@ -99,16 +91,49 @@ class Adapters:
         }
 
 
+def check_folder(folder: Path) -> None:
+    """Make *folder*.
+
+    Raises:
+        ImmaError: it cannot be written to, or holds something else.
+    """
+    hint = "Choose another folder for --save-adapters."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".imma-can-write"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+        foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and not _is_ours(path))
+    except OSError as error:
+        raise ImmaError(f"{folder} cannot be written: {error.strerror}.", hint=hint) from error
+    if foreign:
+        raise ImmaError(f"{folder} holds other files: {', '.join(foreign[:5])}.", hint=hint)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether *path* is the folder of an attack, also of one that is just being written."""
+    return (
+        path.is_dir()
+        and all(
+            trial.is_dir() and (trial.name.startswith(".") or (trial / ABOUT).is_file()) for trial in path.glob("*/*")
+        )
+        and all(concept.is_dir() for concept in path.iterdir())
+    )
+
+
 def _name(text: str) -> str:
-    """*text* as a folder's name on every system; where that loses something, with a few digits that tell it from others."""
-    plain = re.sub(r"[^\w.=+-]+", "-", text, flags=re.ASCII).strip("-.")
-    if len(plain) <= LONGEST and re.fullmatch(r"[\w.=+ :,-]+", text, flags=re.ASCII):
-        return plain
-    return f"{plain[:LONGEST]}-{sha256(text.encode()).hexdigest()[:8]}".strip("-")
+    """*text* as a folder's name on every system; where that changes something, with digits that tell it from others."""
+    plain = re.sub(r"[^a-z0-9_.=+-]+", "-", text.lower(), flags=re.ASCII).strip("-.")[:LONGEST]
+    return plain if plain == text else f"{plain}-{sha256(text.encode()).hexdigest()[:8]}".strip("-")
+
+
+def _about(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return {}
+    return read if isinstance(read, dict) else {}
 
 
 def _study_of(path: Path) -> str:
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["study"])
-    except (ValueError, KeyError, TypeError):
-        return "unreadable"
+    return str(_about(path).get("study", "unreadable"))

@@ -212,7 +212,14 @@ def left_as_it_was(model: Model) -> Iterator[None]:
     states = {part: copy.deepcopy(network.state_dict()) for part, network in model.networks.items()}
     objects = {part: [id(o) for o in _objects(network)] for part, network in model.networks.items()}
     tokenizer, tokens = model.tokenizer, dict(model.tokenizer.get_vocab())
+    processors = {name: id(each) for name, each in model.unet.attn_processors.items()}
+    patched = {part: _own_attributes(network) for part, network in model.networks.items()}
     yield
+    assert {name: id(each) for name, each in model.unet.attn_processors.items()} == processors, (
+        "the UNet has other attention processors"
+    )
+    for part, network in model.networks.items():
+        assert _own_attributes(network) == patched[part], f"{part}: its modules have other attributes"
     assert model.tokenizer is tokenizer, "the tokenizer is another object"
     assert model.tokenizer.get_vocab() == tokens, "the tokenizer has other tokens"
     for part, network in model.networks.items():
@@ -225,6 +232,11 @@ def left_as_it_was(model: Model) -> Iterator[None]:
         assert not any(m.training for m in network.modules()), f"{part}: it is in training mode"
         assert not any(p.requires_grad for p in network.parameters()), f"{part}: a weight asks for gradients"
         assert all(p.grad is None for p in network.parameters()), f"{part}: a gradient is left behind"
+
+
+def _own_attributes(network: nn.Module) -> list[list[str]]:
+    """The names of what is set on each module itself, such as a ``forward`` of its own."""
+    return [sorted(module.__dict__) for module in network.modules()]
 
 
 def _objects(network: nn.Module) -> list[object]:
