@@ -52,7 +52,10 @@ def test_every_command_is_listed() -> None:
 
 def test_the_attacks_are_found_through_entry_points() -> None:
     assert discover().broken == ()
-    assert _shipped(discover()) == {"lora", "dreambooth", "dreambooth-lora", "textual-inversion"}
+    assert _shipped(discover()) == {
+        *("lora", "dora", "rslora", "loha", "lokr", "oft", "boft", "ia3", "hra", "peft", "text-encoder-lora"),
+        *("dreambooth", "dreambooth-lora", "full-finetune", "textual-inversion", "custom-diffusion", "pivotal-tuning"),
+    }
 
 
 def test_the_metrics_are_found_through_entry_points() -> None:

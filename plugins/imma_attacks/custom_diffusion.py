@@ -75,7 +75,7 @@ class CustomDiffusion(DreamBoothLoss):
     search: ClassVar = {**DREAMBOOTH_SEARCH, "token": Choice(("ktn", "sks", "the"))}
     presets: ClassVar = {
         "paper": Preset(learning_rate=1e-5, outer_learning_rate=1e-5, steps=1000),
-        "small": Preset(learning_rate=1e-3, outer_learning_rate=1e-4, steps=600),
+        "small": Preset(learning_rate=1e-3, outer_learning_rate=4e-5, steps=600),
     }
 
     def caption(self, concept: Concept, caption: str) -> str:
