@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from environments import Environment
+from environments import Environment, FreshEnvironment, built
 
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.new import write_package
@@ -15,70 +15,75 @@ from imma_cli.errors import ImmaError
 
 ROOT = Path(__file__).parents[1]
 
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """A fresh environment with imma's own wheel, as somebody has it who is no developer of imma.
-
-    Only what imma requires (torch alone is gigabytes) comes from the environment that runs the tests.
-    """
-    pytest.importorskip("hatchling", reason="pip install 'imma-cli[test]' brings it")
-    folder = tmp_path_factory.mktemp("environment")
-    environment = Environment(folder / "venv")
-    built = environment.run("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, ROOT)
-    assert built.returncode == 0, built.stderr
-    (wheel,) = folder.glob("imma_cli-*.whl")
-    # the developer's imma is seen from here, too: pip must neither be content with it nor remove it
-    done = environment.run("-m", "pip", "install", "--no-deps", "--ignore-installed", wheel)
-    assert done.returncode == 0, done.stderr
-    return environment
-
-
-def test_the_wheel_is_what_runs_there(environment: Environment) -> None:
-    places = "import imma_cli, imma_attacks, importlib.metadata as m; print(imma_cli.__file__, imma_attacks.__file__, m.distribution('imma-cli').locate_file(''), sep='\\n')"
-    done = environment.run("-c", places)
-    assert done.returncode == 0, done.stderr
-    assert all(Path(line).is_relative_to(environment.packages) for line in done.stdout.splitlines())
-    listed = environment.imma("attacks", "--json")
-    assert {attack["name"] for attack in json.loads(listed.stdout)["attacks"]} == set(discover().found)
+WHERE = """
+import json
+from importlib.metadata import distributions, entry_points
+import imma_attacks, imma_cli, imma_metrics, torch
+print(json.dumps({
+    "modules": [module.__file__ for module in (imma_attacks, imma_cli, imma_metrics)],
+    "torch": torch.__file__,
+    "distributions": sorted(str(d.locate_file("")) for d in distributions() if d.name.startswith("imma")),
+    "imma-cli": next(json.loads(d.read_text("direct_url.json")) for d in distributions() if d.name == "imma-cli"),
+    "points": {point.name: str(point.dist.locate_file("")) for point in entry_points(group="imma")},
+    "loaded": {point.name: point.load().__file__ for point in entry_points(group="imma")},
+}))
+"""
 
 
 def test_it_is_built_installed_listed_hardened_against_and_verified_with(
-    environment: Environment, tiny_checkpoint: Path, tiny_config: Path, pictures: Path, tmp_path: Path
+    tiny_checkpoint: Path, tiny_config: Path, pictures: Path, tmp_path: Path
 ) -> None:
+    """From nothing, as an author and a user would: imma's wheel and the plugin's in an environment that has no imma yet."""
     folder, hardened = tmp_path / "package", tmp_path / "hard.safetensors"
-    done = environment.imma("new-attack", "my-method", folder)
+    own = built(ROOT, tmp_path / "imma")
+    fresh = FreshEnvironment(tmp_path / "environment", own)
+    done = fresh.imma("new-attack", "my-method", folder)
     assert done.returncode == 0, done.stderr
     assert f"imma install -e {folder}" in done.stdout
-    done = environment.run("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, folder)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    done = environment.imma("install", wheel)
+    done = fresh.imma("install", built(folder, tmp_path / "plugin"))
     assert done.returncode == 0, done.stderr
     assert "attack my-method" in done.stdout
-    done = environment.imma("attacks", "my-method", "--json")
+
+    done = fresh.run("-c", WHERE)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    inside = str(fresh.packages)
+    assert all(file.startswith(inside) for file in [*found["modules"], *found["loaded"].values()])
+    assert found["distributions"] == [inside, inside]
+    assert found["imma-cli"]["url"] == own.as_uri()
+    assert "my-method" in found["points"]
+    assert set(found["points"].values()) == {inside}
+    assert not found["torch"].startswith(inside)
+    assert fresh.run("-c", "import hatchling").returncode != 0  # installed where the tests run, and required by nothing
+
+    listed = json.loads(fresh.imma("attacks", "--json").stdout)["attacks"]
+    shipped = {name for name, attack in discover().found.items() if attack.distribution == "imma-cli"}
+    assert {attack["name"] for attack in listed} == {*shipped, "my-method"}
+    done = fresh.imma("attacks", "my-method", "--json")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert (shown["distribution"], shown["version"]) == ("imma-attack-my-method", "0.1.0")
     assert next(s for s in shown["settings"] if s["name"] == "spread")["search"] == {"options": [0.0, 0.01, 0.1]}
-    done = environment.imma(
+    done = fresh.imma(
         "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue style", "--images", pictures,
         "--attack", "my-method:spread=0.1", "--steps", 4, "--output", hardened, "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    done = environment.imma(
+    done = fresh.imma(
         "verify", hardened, "--against", tiny_checkpoint, "--config", tiny_config, "--concept", "blue style",
-        "--images", pictures, "--attack", "my-method", "--metric", "fixed", "--preset", "quick", "--budget", 4, "--seeds", 2,
+        "--images", pictures, "--attack", "my-method", "--metric", "fixed", "--preset", "quick", "--budget", 4, "--points", 100,
         "--prompts", 1, "--images-per-prompt", 1, "--json",
         IMMA_TEST_PLUGINS="1",
     )  # fmt: skip
     assert done.stdout, done.stderr
-    assert "my-method" in done.stdout
     assert "Traceback" not in done.stderr
+    verified = json.loads(done.stdout)
+    assert [each["attack"]["name"] for each in verified["comparisons"]] == ["my-method"]
+    assert verified["failed"] == []
 
 
-def test_its_own_test_passes(environment: Environment, tmp_path: Path) -> None:
-    folder = tmp_path / "package"
+def test_its_own_test_passes(tmp_path: Path) -> None:
+    environment, folder = Environment(tmp_path / "venv"), tmp_path / "package"
     written = write_package("model", folder, taken=())  # a name that stands in the template, too
     assert {path.relative_to(folder).as_posix() for path in written} == {
         "pyproject.toml", "imma_attack_model.py", "tests/test_model.py", "README.md",
