@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from imma_cli.attacks import Attack, AttackSettings, Choice, Preset
@@ -84,6 +85,26 @@ class Hooked(Shift):
         model.vae.register_forward_hook(lambda net, args, out: None)
         with super().attach(model, concept, seed) as parameters:
             yield parameters
+
+
+class Processed(Shift):
+    """Leaves attention processors behind, which are no modules."""
+
+    @contextmanager
+    def attach(self, model: Model, concept: Concept, seed: int) -> Iterator[dict[str, nn.Parameter]]:
+        with super().attach(model, concept, seed) as parameters:
+            yield parameters
+        model.unet.set_attn_processor(AttnProcessor())
+
+
+class Patched(Shift):
+    """Leaves a forward of its own behind."""
+
+    @contextmanager
+    def attach(self, model: Model, concept: Concept, seed: int) -> Iterator[dict[str, nn.Parameter]]:
+        with super().attach(model, concept, seed) as parameters:
+            yield parameters
+        model.unet.conv_in.forward = model.unet.conv_in.forward
 
 
 class Swallows(Shift):
@@ -184,6 +205,8 @@ class TestTheContractOfShift(AttackContract):
     [
         (Leaks, "test_it_attaches_parameters_and_learns", "unet: these weights have other values"),
         (Hooked, "test_a_model_can_be_verified_with_it", "vae: hooks are left behind"),
+        (Processed, "test_it_attaches_parameters_and_learns", "other attention processors"),
+        (Patched, "test_it_attaches_parameters_and_learns", "other attributes"),
         (LeaksAfterAnException, "test_an_exception_in_the_middle_leaves_no_trace", "asks for gradients"),
         (Swallows, "test_an_exception_in_the_middle_leaves_no_trace", "swallows"),
         (Unseeded, "test_the_same_seed_gives_the_same_parameters", "two results"),

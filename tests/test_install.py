@@ -196,8 +196,9 @@ def test_the_users_own_constraints_hold_as_well(environment: Environment, tmp_pa
 
 
 def test_imma_and_what_it_needs_stay(imma) -> None:
-    code, _, err = imma("uninstall", "Imma_CLI", "torch", "markupsafe", "pip", "no-such-package")
+    code, _, err = imma("uninstall", "Imma_CLI", "torch", "markupsafe", "pip", "no-such-package", "")
     assert code == 2
+    assert "empty name" in err
     for name in ("imma-cli", "torch", "markupsafe", "pip"):
         assert f"imma needs {name}" in err
     assert "no package no-such-package" in err
@@ -245,7 +246,9 @@ def test_where_a_package_comes_from_is_read_off_its_name(tmp_path: Path) -> None
         assert (source.origin, source.builds, source.name) == (origin, builds, name), text
     editable = source_of("git+https://host/x.git", editable=True)
     assert (editable.builds, editable.editable) == (True, True)
-    for text in ("", "-r x", "a b", "./nowhere"):
+    secret = source_of("x @ https://me:sec@ret@host/x-1.tar.gz")
+    assert (secret.shown, secret.origin) == ("x @ https://host/x-1.tar.gz", "https://host/x-1.tar.gz")
+    for text in ("", "-r x", "a b", "./nowhere", "http://[x/a.whl"):
         with pytest.raises(ImmaError):
             source_of(text)
 

@@ -111,6 +111,14 @@ def test_what_is_wrong_is_said_and_nothing_is_written(imma, tmp_path: Path) -> N
     assert code == 2
     assert "already" in err
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    code, _, err = imma("new-attack", "my-method", tmp_path / "file" / "new")
+    assert code == 2
+    assert "cannot be written" in err
+    code, _, err = imma("new-attack", "x" * 300, tmp_path / "new" / ("x" * 300))
+    assert code == 2
+    assert "cannot write" in err or "cannot be written" in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "file"]
 
 
 def test_without_a_folder_it_is_written_here(imma, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

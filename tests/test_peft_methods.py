@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from imma_attacks.peft_methods import further_methods
+from imma_attacks.further_peft_methods import further_methods
 from peft.tuners.hra import HRALinear
 
 from imma_cli.attacks.manager import discover
@@ -47,7 +47,7 @@ def test_whatever_peft_can_inject_is_an_attack() -> None:
 
 def test_weights_that_an_attack_only_copies_are_told() -> None:
     model = tiny_model("sd1")
-    with pytest.raises(ImmaError, match="works on copies"):
+    with pytest.raises(ImmaError, match="instead of copies"):
         hardened(model, "peft:method=ln_tuning")
     assert hardened(model, "peft:method=shira,rank=1").unreached
     assert not hardened(model, "peft:method=shira,rank=1", "lora").unreached

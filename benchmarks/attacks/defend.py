@@ -2,7 +2,7 @@
 
     python benchmarks/attacks/defend.py              # raw lines to benchmarks/attacks/results/defend.jsonl
 
-`imma harden` with default settings against every attack that ships; then the same attack for 300 steps, one seed, on
+`imma harden` with default settings against one attack after the other; then the same attack for 300 steps, one seed, on
 pictures that hardening never saw, and unrelated prompts drawn by both models. What the attack gets from the original is
 in transfer.jsonl. An attack that is there already is not measured again; --part 1/2 and --part 2/2 share the work.
 """
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from pathlib import Path
-from typing import Any
 
-from transfer import CONCEPT, RESULTS, STEPS, Judge, checkpoint, read, shipped
+from transfer import CONCEPT, RESULTS, STEPS, Judge, checkpoint, harden, read, shipped
 
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
@@ -48,20 +46,7 @@ def main() -> None:
         if any((line["attack"], line["outer_learning_rate"]) == (name, outer) for line in known):
             continue
         output = args.work / f"against-{name}.safetensors"
-        command = [
-            "imma",
-            "harden",
-            demo,
-            "--concept",
-            CONCEPTS[CONCEPT].text,
-            "--images",
-            folder / "defend",
-            "--force",
-        ]
-        command += ["--attack", name, "--outer-learning-rate", outer, "--output", output, "--json"]
-        said: dict[str, Any] = json.loads(
-            subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE).stdout
-        )
+        said = harden(demo.parent, [name], output, "--force", "--outer-learning-rate", outer)
         hardened = runtime.apply(open_checkpoint(output).load())
         trial = run_trial(hardened, "hardened", attack, pictures, judging, steps=STEPS, seed=0, runtime=runtime)
         (before,) = (

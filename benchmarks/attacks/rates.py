@@ -17,6 +17,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from transfer import CONCEPT, STEPS
+
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
 from imma_cli.checkpoints import open_checkpoint
@@ -26,9 +28,7 @@ from imma_cli.families.runtime import choose_runtime
 from imma_cli.verification.trials import run_trial
 
 RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
-CONCEPT = "high-contrast-style"
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-STEPS = 300
 
 
 def main() -> None:

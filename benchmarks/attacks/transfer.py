@@ -5,7 +5,8 @@
 The demo model is attacked as it is, hardened against LoRA alone, and hardened against the three attacks that are
 strongest on the LoRA-hardened one, taking turns. Default settings, 300 steps (as many as hardening simulates for each
 attack), two seeds, on pictures of the held-out style that hardening never saw, judged on others. What is there already
-is not run again, so several processes may share the work: --part 1/2, --part 2/2.
+is not run again. Several processes may share the work, --part 1/2 and --part 2/2: first with --models original,lora,
+and when both are done with --models strongest.
 """
 
 from __future__ import annotations
@@ -79,13 +80,20 @@ def checkpoint(work: Path, model: str, attacks: list[str]) -> Path:
         return demo / "model.safetensors"
     output = work / f"{model}.safetensors"
     if not output.exists():
-        command = ["imma", "harden", demo / "model.safetensors", "--concept", CONCEPTS[CONCEPT].text, "--json"]
-        command += [part for attack in attacks for part in ("--attack", attack)]
-        command += ["--images", demo / "concepts" / CONCEPT / "defend", "--output", output]
         began = time.monotonic()
-        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+        harden(demo, attacks, output)
         write({"model": model, "hardened_against": attacks, "seconds": round(time.monotonic() - began, 1)})
     return output
+
+
+def harden(demo: Path, attacks: list[str], output: Path, *options: object) -> dict[str, Any]:
+    """`imma harden` on the model in the folder *demo*; what it says."""
+    command = ["imma", "harden", demo / "model.safetensors", "--concept", CONCEPTS[CONCEPT].text, "--json", *options]
+    command += [part for attack in attacks for part in ("--attack", attack)]
+    command += ["--images", demo / "concepts" / CONCEPT / "defend", "--output", output]
+    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE)
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
 
 
 class Judge:
@@ -128,9 +136,7 @@ def main() -> None:
     runtime = choose_runtime("cpu")
     original = None
     for which in args.models.split(","):
-        attacks = {"original": [], "lora": ["lora"], "strongest": []}[which] or []
-        if which == "strongest":
-            attacks = strongest(read())
+        attacks = strongest(read()) if which == "strongest" else [which] * (which != "original")
         model = runtime.apply(open_checkpoint(checkpoint(args.work, which, attacks)).load())
         folder = args.work / "demo" / "concepts" / CONCEPT
         pictures, judging = (read_concept(CONCEPTS[CONCEPT].text, folder / role) for role in ("attack", "judge"))

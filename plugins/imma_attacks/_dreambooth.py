@@ -82,6 +82,5 @@ class DreamBoothLoss(Attack):
         return loss + self.settings.prior_weight * held.mean()
 
     def concept_loss(self, model: Model, batch: Batch) -> Tensor:
-        return super().loss(
-            model, batch
-        )  # raising the loss on pictures of the class would take the class from everybody
+        # raising the loss on pictures of the class would take the class from everybody
+        return super().loss(model, batch)

@@ -85,7 +85,6 @@ def _as_kohya(part: str, state: Mapping[str, Tensor], config: Any) -> dict[str, 
     prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[part]
     for name, tensor in magnitudes.items():
         layer = name.removesuffix(".lora_magnitude_vector").replace(".", "_")
-        found[f"{prefix}{layer}.dora_scale"] = tensor.reshape(
-            -1, *(1,) * max(1, tensor.ndim - 1)
-        )  # [out, 1], or [out, 1, 1, 1] of a convolution
+        # [out, 1], or [out, 1, 1, 1] of a convolution
+        found[f"{prefix}{layer}.dora_scale"] = tensor.reshape(-1, *(1,) * max(1, tensor.ndim - 1))
     return found

@@ -6,13 +6,15 @@ PEFT and diffusers take seconds to import, and attacks are also imported to be l
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from imma_cli.attacks import AttackSettings, Choice, Space
 from imma_cli.errors import ImmaError
 
 ADAPTER = "imma"
@@ -28,6 +30,24 @@ TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 """The projections of CLIP's text encoder."""
 
 Targets = Literal["attention", "cross-attention", "transformer", "everything"]
+
+
+@dataclass(frozen=True)
+class MatrixSettings(AttackSettings):
+    """Settings of attacks that put low-rank matrices beside layers of the UNet."""
+
+    rank: int = 4
+    """Rank of the matrices."""
+    targets: Targets = "attention"
+    """Which layers get matrices."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+
+
+MATRIX_SEARCH: Mapping[str, Space] = {"rank": Choice((1, 4, 16)), "targets": Choice(tuple(TARGETS))}
 
 
 @contextmanager
@@ -71,7 +91,8 @@ def lora(rank: int, targets: list[str] | str, **options: Any) -> Any:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, **options)
 
 
-def check_rank(rank: int) -> None:
-    """Raises ValueError."""
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, not {rank}")
+def lora_in(
+    unet: nn.Module, settings: MatrixSettings, seed: int, **options: Any
+) -> AbstractContextManager[dict[str, nn.Parameter]]:
+    """LoRA beside the layers of *unet* that *settings* target."""
+    return adapter(unet, lora(settings.rank, TARGETS[settings.targets], **options), seed)

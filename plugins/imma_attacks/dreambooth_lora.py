@@ -12,24 +12,15 @@ from torch import nn
 
 from imma_attacks._dreambooth import DREAMBOOTH_SEARCH, DreamBoothLoss, DreamBoothSettings
 from imma_attacks._exports import save_lora
-from imma_attacks._peft import TARGETS, Targets, adapter, check_rank, lora
-from imma_cli.attacks import Attack, Choice, Preset, hookimpl
+from imma_attacks._peft import MATRIX_SEARCH, MatrixSettings, lora_in
+from imma_cli.attacks import Attack, Preset, hookimpl
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
 
 
 @dataclass(frozen=True)
-class DreamBoothLoraSettings(DreamBoothSettings):
+class DreamBoothLoraSettings(DreamBoothSettings, MatrixSettings):
     """Settings of DreamBooth through LoRA."""
-
-    rank: int = 4
-    """Rank of the matrices."""
-    targets: Targets = "attention"
-    """Which layers get matrices."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.rank)
 
 
 class DreamBoothLora(DreamBoothLoss):
@@ -40,7 +31,7 @@ class DreamBoothLora(DreamBoothLoss):
     trains = "LoRA matrices beside layers of the UNet"
     Settings = DreamBoothLoraSettings
     settings: DreamBoothLoraSettings
-    search: ClassVar = {**DREAMBOOTH_SEARCH, "rank": Choice((1, 4, 16)), "targets": Choice(tuple(TARGETS))}
+    search: ClassVar = {**DREAMBOOTH_SEARCH, **MATRIX_SEARCH}
     presets: ClassVar = {
         "paper": Preset(learning_rate=5e-6, outer_learning_rate=2e-5, steps=1000),
         "small": Preset(learning_rate=1e-3, outer_learning_rate=1e-4, steps=600),
@@ -49,7 +40,7 @@ class DreamBoothLora(DreamBoothLoss):
     @contextmanager
     def attach(self, model: Model, concept: Concept, seed: int) -> Iterator[dict[str, nn.Parameter]]:
         self.prepare_prior(model, concept, seed)
-        with adapter(model.unet, lora(self.settings.rank, TARGETS[self.settings.targets]), seed) as parameters:
+        with lora_in(model.unet, self.settings, seed) as parameters:
             yield parameters
 
     def save(self, model: Model, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:

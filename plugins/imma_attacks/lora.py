@@ -6,30 +6,21 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from imma_attacks._captions import CAPTION_SEARCH, CaptionedAttack, CaptionSettings
 from imma_attacks._exports import save_lora
-from imma_attacks._peft import TARGETS, Targets, adapter, check_rank, lora
-from imma_cli.attacks import Attack, Choice, Preset, hookimpl
+from imma_attacks._peft import MATRIX_SEARCH, MatrixSettings, lora_in
+from imma_cli.attacks import Attack, Preset, hookimpl
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
 
 
 @dataclass(frozen=True)
-class LoraSettings(CaptionSettings):
+class LoraSettings(CaptionSettings, MatrixSettings):
     """Settings of LoRA."""
-
-    rank: int = 4
-    """Rank of the matrices."""
-    targets: Targets = "attention"
-    """Which layers get matrices."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.rank)
 
 
 class Lora(CaptionedAttack):
@@ -41,14 +32,16 @@ class Lora(CaptionedAttack):
     paper = "arXiv 2106.09685"
     Settings = LoraSettings
     settings: LoraSettings
-    search: ClassVar = {**CAPTION_SEARCH, "rank": Choice((1, 4, 16)), "targets": Choice(tuple(TARGETS))}
+    search: ClassVar = {**CAPTION_SEARCH, **MATRIX_SEARCH}
     presets: ClassVar = {
         "paper": Preset(learning_rate=1e-4, outer_learning_rate=1e-5, steps=1000),
         "small": Preset(learning_rate=1e-3, outer_learning_rate=1e-4, steps=600),
     }
+    variant: ClassVar[Mapping[str, Any]] = {}
+    """What PEFT's configuration of a variant of LoRA says besides."""
 
     def attach(self, model: Model, concept: Concept, seed: int) -> AbstractContextManager[dict[str, nn.Parameter]]:
-        return adapter(model.unet, lora(self.settings.rank, TARGETS[self.settings.targets]), seed)
+        return lora_in(model.unet, self.settings, seed, **self.variant)
 
     def save(self, model: Model, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
         save_lora(folder, model.unet)

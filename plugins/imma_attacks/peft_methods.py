@@ -1,72 +1,39 @@
-"""The family of parameter-efficient methods that PEFT puts beside or into layers, one attack for each that people use.
-
-``peft`` stands for all others that the installed PEFT can inject.
-"""
+"""The parameter-efficient methods that people use and PEFT puts beside or into layers, one attack for each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from imma_attacks._captions import CAPTION_SEARCH, CaptionedAttack, CaptionSettings
-from imma_attacks._exports import save_lora, save_peft
-from imma_attacks._peft import ADAPTER, TARGETS, Targets, adapter, check_rank, lora
+from imma_attacks._exports import save_peft
+from imma_attacks._peft import ADAPTER, TARGETS, Targets, adapter
+from imma_attacks.lora import Lora, LoraSettings
 from imma_cli.attacks import Attack, Choice, Preset, Space, hookimpl
 from imma_cli.concepts.concept import Concept
-from imma_cli.errors import ImmaError
 from imma_cli.families.model import Model
 
-OWN = ("lora", "dora", "rslora", "loha", "lokr", "oft", "boft", "ia3", "hra")
-"""Methods that have an attack of their own."""
-NOT_FOR_LAYERS = ("xlora", "poly", "trainable_tokens")
-"""Methods that mix adapters, or tasks, or train rows of an embedding."""
 
-
-@cache
-def further_methods() -> Mapping[str, type[Any]]:
-    """The configuration classes of all others that go into layers, by PEFT's name."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    known = sorted((str(kind.value).lower(), cls) for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items())
-    return {
-        name: cls
-        for name, cls in known
-        if "target_modules" in {field.name for field in fields(cls)} and name not in (*OWN, *NOT_FOR_LAYERS)
-    }
-
-
-def rates(paper: float, small: float, outer: float = 1e-4) -> Mapping[str, Preset]:
-    """The attacker's rates on full-size and on small models; the defender's are LoRA's where nothing else was measured."""
+def rates(paper: float, small: float) -> Mapping[str, Preset]:
+    """The attacker's rates on full-size and on small models; the defender's are LoRA's."""
     return {
         "paper": Preset(learning_rate=paper, outer_learning_rate=1e-5, steps=1000),
-        "small": Preset(learning_rate=small, outer_learning_rate=outer, steps=600),
+        "small": Preset(learning_rate=small, outer_learning_rate=1e-4, steps=600),
     }
 
 
 @dataclass(frozen=True)
 class LayerSettings(CaptionSettings):
-    """Settings of every method of this family."""
+    """Settings of methods without a rank."""
 
     targets: Targets = "attention"
     """Which layers are adapted."""
-
-
-@dataclass(frozen=True)
-class RankSettings(LayerSettings):
-    """Settings of methods whose size is a rank."""
-
-    rank: int = 4
-    """Rank of what is added to each layer."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.rank)
 
 
 @dataclass(frozen=True)
@@ -83,7 +50,6 @@ class BlockSettings(LayerSettings):
 
 
 LAYER_SEARCH: Mapping[str, Space] = {**CAPTION_SEARCH, "targets": Choice(tuple(TARGETS))}
-RANK_SEARCH: Mapping[str, Space] = {**LAYER_SEARCH, "rank": Choice((1, 4, 16))}
 # not every method has a form for convolutions
 LINEAR_SEARCH: Mapping[str, Space] = {
     **CAPTION_SEARCH,
@@ -95,7 +61,7 @@ BLOCK_SEARCH: Mapping[str, Space] = {**LINEAR_SEARCH, "block_size": Choice((4, 8
 class PeftAttack(CaptionedAttack):
     """Trains what one of PEFT's methods adds to layers of the UNet, on captioned pictures."""
 
-    settings: LayerSettings
+    settings: LayerSettings | LoraSettings
 
     def config(self, seed: int) -> Any:
         """PEFT's configuration of the method."""
@@ -115,41 +81,28 @@ class PeftAttack(CaptionedAttack):
 class RankAttack(PeftAttack):
     """A method whose size is a rank."""
 
-    Settings = RankSettings
-    settings: RankSettings
-    search: ClassVar = RANK_SEARCH
+    Settings = LoraSettings
+    settings: LoraSettings
+    search: ClassVar = Lora.search
 
 
-class Dora(RankAttack):
+class Dora(Lora):
     """LoRA for the direction of every weight, and a magnitude of its own."""
 
     name = "dora"
     summary = "weight-decomposed LoRA: a direction and a magnitude for each layer"
     trains = "LoRA matrices and magnitudes beside layers of the UNet"
     paper = "arXiv 2402.09353"
-    presets: ClassVar = rates(paper=1e-4, small=1e-3)
-
-    def config(self, seed: int) -> Any:
-        return lora(self.settings.rank, self.layers, use_dora=True)
-
-    def save(self, model: Model, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
-        save_lora(folder, model.unet)
+    variant: ClassVar = {"use_dora": True}
 
 
-class RsLora(RankAttack):
-    """LoRA scaled by 1/√rank, so that high ranks learn as fast as low ones."""
+class RsLora(Lora):
+    """LoRA with alpha / √rank for its scale, so that high ranks learn as fast as low ones."""
 
     name = "rslora"
     summary = "rank-stabilised LoRA: scaled by the root of the rank"
-    trains = "LoRA matrices beside layers of the UNet"
     paper = "arXiv 2312.03732"
-    presets: ClassVar = rates(paper=1e-4, small=1e-3)
-
-    def config(self, seed: int) -> Any:
-        return lora(self.settings.rank, self.layers, use_rslora=True)
-
-    def save(self, model: Model, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
-        save_lora(folder, model.unet)
+    variant: ClassVar = {"use_rslora": True}
 
 
 class LoHa(RankAttack):
@@ -183,7 +136,7 @@ class LoKr(RankAttack):
 
 
 @dataclass(frozen=True)
-class HraSettings(RankSettings):
+class HraSettings(LoraSettings):
     """Settings of Householder reflections."""
 
     rank: int = 4
@@ -203,7 +156,7 @@ class Hra(RankAttack):
     trains = "Householder vectors before layers of the UNet"
     paper = "arXiv 2405.17484"
     Settings = HraSettings
-    search: ClassVar = {**RANK_SEARCH, "rank": Choice((2, 4, 16))}
+    search: ClassVar = {**Lora.search, "rank": Choice((2, 4, 16))}
     presets: ClassVar = rates(paper=5e-3, small=3e-3)
 
     def config(self, seed: int) -> Any:
@@ -217,9 +170,8 @@ class Hra(RankAttack):
 
         with super().attach(model, concept, seed) as parameters:
             for layer in model.unet.modules():
-                if isinstance(
-                    layer, HRALinear
-                ):  # PEFT's own computes with detached weights: no hardening would reach them
+                if isinstance(layer, HRALinear):
+                    # PEFT's own computes with detached weights: no hardening would reach them
                     layer.forward = partial(_reflected, layer)
             yield parameters
 
@@ -285,45 +237,6 @@ class Ia3(PeftAttack):
         return IA3Config(target_modules=self.layers, feedforward_modules=[])
 
 
-@dataclass(frozen=True)
-class AnyMethodSettings(RankSettings):
-    """Settings of any further method of PEFT."""
-
-    method: str = "miss"
-    """PEFT's name of the method, such as miss, delora, hira, randlora or shira."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.method in OWN:
-            raise ValueError(f"method {self.method} is an attack of its own: --attack {self.method}")
-        if self.method not in further_methods():
-            raise ValueError(f"PEFT has no method {self.method!r} for layers; it has {', '.join(further_methods())}")
-
-
-class AnyMethod(RankAttack):
-    """Whatever else the installed PEFT can inject, with PEFT's own defaults."""
-
-    name = "peft"
-    summary = "any further method that the installed PEFT can put into layers"
-    trains = "what the method adds to layers of the UNet"
-    paper = "https://github.com/huggingface/peft"
-    search: ClassVar = {**LINEAR_SEARCH, "rank": Choice((1, 4, 16))}
-    Settings = AnyMethodSettings
-    settings: AnyMethodSettings
-    presets: ClassVar = rates(paper=1e-4, small=1e-3)
-
-    def config(self, seed: int) -> Any:
-        cls = further_methods()[self.settings.method]
-        known = {field.name for field in fields(cls)}
-        wanted = {"r": self.settings.rank, "target_modules": self.layers, "random_seed": seed}
-        try:
-            return cls(**{name: value for name, value in wanted.items() if name in known})
-        except Exception as error:
-            raise ImmaError(
-                f"PEFT cannot set {self.settings.method} up.", [str(error)], "Choose another method."
-            ) from error
-
-
 @hookimpl
 def imma_attacks() -> list[type[Attack]]:
-    return [Dora, RsLora, LoHa, LoKr, Oft, Boft, Ia3, Hra, AnyMethod]
+    return [Dora, RsLora, LoHa, LoKr, Oft, Boft, Ia3, Hra]

@@ -11,7 +11,8 @@ from typing import ClassVar
 from torch import nn
 
 from imma_attacks._exports import save_lora, save_words
-from imma_attacks._peft import TARGETS, Targets, adapter, check_rank, lora
+from imma_attacks._peft import MATRIX_SEARCH, MatrixSettings, lora_in
+from imma_attacks._rates import check_multiple
 from imma_attacks._words import NewWordSettings, new_words, with_words
 from imma_cli.attacks import COMMON_SEARCH, Attack, Choice, Preset, hookimpl
 from imma_cli.concepts.concept import Concept
@@ -21,21 +22,15 @@ WORDS = "new words"
 
 
 @dataclass(frozen=True)
-class PivotalTuningSettings(NewWordSettings):
+class PivotalTuningSettings(NewWordSettings, MatrixSettings):
     """Settings of pivotal tuning."""
 
-    rank: int = 4
-    """Rank of the matrices."""
-    targets: Targets = "attention"
-    """Which layers get matrices."""
     word_rate: float = 5.0
     """The rate of the new words, as a multiple of that of the matrices."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.rank)
-        if not 0 < self.word_rate <= 100:
-            raise ValueError(f"word_rate must be above 0 and at most 100, not {self.word_rate:g}")
+        check_multiple("word_rate", self.word_rate)
 
 
 class PivotalTuning(Attack):
@@ -50,9 +45,8 @@ class PivotalTuning(Attack):
     trains_text = True
     search: ClassVar = {
         **COMMON_SEARCH,
+        **MATRIX_SEARCH,
         "tokens": Choice((1, 2, 4)),
-        "rank": Choice((1, 4, 16)),
-        "targets": Choice(tuple(TARGETS)),
         "word_rate": Choice((1.0, 5.0, 20.0)),
     }
     presets: ClassVar = {
@@ -69,7 +63,7 @@ class PivotalTuning(Attack):
     @contextmanager
     def attach(self, model: Model, concept: Concept, seed: int) -> Iterator[dict[str, nn.Parameter]]:
         words = new_words(model, self.settings.words, self.settings.start(concept), seed)
-        matrices = adapter(model.unet, lora(self.settings.rank, TARGETS[self.settings.targets]), seed)
+        matrices = lora_in(model.unet, self.settings, seed)
         with words as new, matrices as in_unet:
             yield {**in_unet, WORDS: new}
 

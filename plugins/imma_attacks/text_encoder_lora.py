@@ -11,9 +11,10 @@ from typing import ClassVar
 from torch import nn
 
 from imma_attacks._exports import save_lora
-from imma_attacks._peft import TARGETS, TEXT_TARGETS, adapter, lora
+from imma_attacks._peft import TEXT_TARGETS, adapter, lora, lora_in
+from imma_attacks._rates import check_multiple
 from imma_attacks.lora import Lora, LoraSettings
-from imma_cli.attacks import Attack, Choice, Preset, hookimpl
+from imma_cli.attacks import Attack, Choice, hookimpl
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
 
@@ -29,8 +30,7 @@ class TextEncoderLoraSettings(LoraSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.text_rate <= 100:
-            raise ValueError(f"text_rate must be above 0 and at most 100, not {self.text_rate:g}")
+        check_multiple("text_rate", self.text_rate)
 
 
 class TextEncoderLora(Lora):
@@ -43,17 +43,13 @@ class TextEncoderLora(Lora):
     settings: TextEncoderLoraSettings
     trains_text = True
     search: ClassVar = {**Lora.search, "text_rate": Choice((0.1, 0.5, 1.0))}
-    presets: ClassVar = {
-        "paper": Preset(learning_rate=1e-4, outer_learning_rate=1e-5, steps=1000),
-        "small": Preset(learning_rate=1e-3, outer_learning_rate=1e-4, steps=600),
-    }
 
     def rate_of(self, parameter: str) -> float:
         return self.settings.text_rate if parameter.startswith(TEXT) else 1.0
 
     @contextmanager
     def attach(self, model: Model, concept: Concept, seed: int) -> Iterator[dict[str, nn.Parameter]]:
-        unet = adapter(model.unet, lora(self.settings.rank, TARGETS[self.settings.targets]), seed)
+        unet = lora_in(model.unet, self.settings, seed)
         text = adapter(model.text_encoder, lora(self.settings.rank, TEXT_TARGETS), seed)
         with unet as in_unet, text as in_text:
             yield in_unet | {TEXT + name: p for name, p in in_text.items()}

@@ -70,7 +70,7 @@ def gradient_step(
         if all(g is None for g in gradients):
             raise ImmaError(
                 "The loss depends on none of the parameters to be trained.",
-                hint="An attack that works on copies of the model's weights can be verified with, but not hardened against.",
+                hint="An attack's loss must depend on what it attaches, and for hardening on the model's own weights instead of copies.",
             )
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient

@@ -64,6 +64,14 @@ def _overlap(output: Path, source: Path) -> bool:
     return inside.is_relative_to(around) or around.is_relative_to(inside)
 
 
+def make_writable(folder: Path) -> None:
+    """Make *folder* if it is not there. Raises OSError where it cannot be made or written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".imma-can-write"
+    probe.touch()
+    probe.unlink(missing_ok=True)  # another process may look at the same moment
+
+
 @contextmanager
 def atomic_file(output: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary path beside *output* that becomes *output* when the block ends, and vanishes if it is left by an exception.

@@ -135,9 +135,9 @@ def verify(
     if report is not None:
         refusals.check(check_folder, report)
     if save_adapters is not None:
-        from imma_cli.verification import adapters as keeping_adapters
+        from imma_cli.verification.adapters import make_folder
 
-        refusals.check(keeping_adapters.check_folder, save_adapters)
+        refusals.check(make_folder, save_adapters)
     if storage is not None:
         from imma_cli.verification.backends import Location
 

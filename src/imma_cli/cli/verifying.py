@@ -181,12 +181,12 @@ def open_adapters(folder: Path | None, study: Study) -> Adapters | None:
 
 def what_was_kept(adapters: Adapters, records: Records) -> str:
     """How many trials' results lie in the folder, and of how many they are missing."""
-    from imma_cli.verification.measuring import ATTEMPT
+    from imma_cli.verification.lines import without_attempt
 
     measured = {line.trial for line in records.measurements if line.purpose != "search" and line.status == "ok"}
     kept = adapters.kept()
     said = f"Adapters: {adapters.folder} ({len(kept)} trials)"
-    lacking = sum(trial.partition(ATTEMPT)[0] not in kept for trial in measured)
+    lacking = sum(without_attempt(trial) not in kept for trial in measured)
     return said if not lacking else f"{said}; {lacking} trials were finished earlier, without keeping them"
 
 

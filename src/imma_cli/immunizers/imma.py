@@ -107,7 +107,7 @@ def immunize(
             for step in _alternate(turns, outer, list(protected.values()), settings):
                 result.steps.append(step)
                 on_step(step)
-            result.unreached = tuple(name for name, weight in protected.items() if not outer.state[weight])
+            result.unreached = tuple(name for name, weight in protected.items() if weight not in outer.state)
             # an attack that trains in place puts the old weights back when it is detached: take the new ones first
             result.weights = {name: weight.detach().clone() for name, weight in protected.items()}
     finally:

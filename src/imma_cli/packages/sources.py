@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from imma_cli.attacks.points import OWN, normalized
 from imma_cli.errors import ImmaError
@@ -33,8 +33,8 @@ class Source:
 
     @property
     def shown(self) -> str:
-        """The argument without a name and password that may stand in an address."""
-        return re.sub(r"//[^/@\s]*@", "//", self.argument)
+        """The argument without a name and password that may stand in it."""
+        return redacted(self.argument)
 
 
 def source_of(text: str, *, editable: bool = False) -> Source:
@@ -61,12 +61,8 @@ def source_of(text: str, *, editable: bool = False) -> Source:
 
 
 def redacted(url: str) -> str:
-    """*url* without the name and password that may stand in it."""
-    try:
-        parts = urlsplit(url)
-    except ValueError as error:
-        raise ImmaError(f"{url!r} is no address: {error}.") from error
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    """*url*, or a text with one, without the name and password that may stand in it."""
+    return re.sub(r"//[^/\s]*@", "//", url)
 
 
 def _looks_like_path(text: str) -> bool:
@@ -75,9 +71,12 @@ def _looks_like_path(text: str) -> bool:
 
 
 def _at_address(url: str, argument: str, name: str | None, *, editable: bool) -> Source:
-    shown = redacted(url)
-    wheel = not editable and "+" not in urlsplit(url).scheme and urlsplit(url).path.endswith(".whl")
-    return Source(argument, shown, builds=not wheel, name=name, editable=editable)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ImmaError(f"{redacted(url)} is no address: {error}.") from error
+    wheel = not editable and "+" not in parts.scheme and parts.path.endswith(".whl")
+    return Source(argument, redacted(url), builds=not wheel, name=name, editable=editable)
 
 
 def _on_disk(text: str, *, editable: bool) -> Source:

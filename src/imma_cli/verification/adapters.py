@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imma_cli.attacks.settings import record, spec
-from imma_cli.checkpoints.atomic import atomic_folder
+from imma_cli.checkpoints.atomic import atomic_folder, make_writable
 from imma_cli.errors import ImmaError
+from imma_cli.verification.judging import named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,15 +43,24 @@ class Adapters:
 
     def check(self) -> None:
         """Raises ImmaError where the folder holds what another verification kept."""
-        if {_study_of(path) for path in self.folder.glob(f"*/*/*/{ABOUT}")} - {self.study}:
+        if {about.get("study") for about in self._trials()} - {self.study}:
             raise ImmaError(
                 f"{self.folder} holds what attacks of another verification learned.",
                 hint="Choose another folder for --save-adapters.",
             )
 
     def kept(self) -> set[str]:
-        """The trials that lie in the folder, as their raw lines call them."""
-        return {str(_about(path).get("trial")) for path in self.folder.glob(f"*/*/*/{ABOUT}")}
+        """The ids of the jobs whose results lie in the folder."""
+        return {str(about.get("trial")) for about in self._trials()}
+
+    def _trials(self) -> Iterator[dict[str, Any]]:
+        """What is written beside everything kept; nothing for what cannot be read."""
+        for path in self.folder.glob(f"*/*/*/{ABOUT}"):
+            try:
+                about = json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, OSError):
+                about = None
+            yield about if isinstance(about, dict) else {}
 
     def place(self, job: Job) -> Path:
         """The folder of *job*."""
@@ -71,9 +81,7 @@ class Adapters:
                 attack.save(model, parameters, temporary / LEARNED)
                 (temporary / ABOUT).write_text(about + "\n", encoding="utf-8")
         except Exception as error:  # whatever the attack raises; safetensors' own error of a full disk is no OSError
-            reasons = (
-                [error.what, *error.reasons] if isinstance(error, ImmaError) else [f"{type(error).__name__}: {error}"]
-            )
+            reasons = [error.what, *error.reasons] if isinstance(error, ImmaError) else [named(error)]
             raise CannotKeepError(f"What {attack.name} learned cannot be kept.", reasons) from error
 
     def _about(self, job: Job, attack: Attack) -> dict[str, Any]:
@@ -91,7 +99,7 @@ class Adapters:
         }
 
 
-def check_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Make *folder*.
 
     Raises:
@@ -99,10 +107,7 @@ def check_folder(folder: Path) -> None:
     """
     hint = "Choose another folder for --save-adapters."
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".imma-can-write"
-        probe.touch()
-        probe.unlink(missing_ok=True)
+        make_writable(folder)
         foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and not _is_ours(path))
     except OSError as error:
         raise ImmaError(f"{folder} cannot be written: {error.strerror}.", hint=hint) from error
@@ -125,15 +130,3 @@ def _name(text: str) -> str:
     """*text* as a folder's name on every system; where that changes something, with digits that tell it from others."""
     plain = re.sub(r"[^a-z0-9_.=+-]+", "-", text.lower(), flags=re.ASCII).strip("-.")[:LONGEST]
     return plain if plain == text else f"{plain}-{sha256(text.encode()).hexdigest()[:8]}".strip("-")
-
-
-def _about(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
-        return {}
-    return read if isinstance(read, dict) else {}
-
-
-def _study_of(path: Path) -> str:
-    return str(_about(path).get("study", "unreadable"))

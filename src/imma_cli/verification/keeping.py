@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from imma_cli.checkpoints.atomic import atomic_file
+from imma_cli.checkpoints.atomic import atomic_file, make_writable
 from imma_cli.errors import ImmaError
-from imma_cli.verification.lines import Line, Measurement, Study, line_of
-from imma_cli.verification.measuring import ATTEMPT
+from imma_cli.verification.lines import Line, Measurement, Study, line_of, without_attempt
 from imma_cli.verification.plan import differences
 from imma_cli.verification.records import Records
 from imma_cli.verification.report.folder import CARD, PAGE, PICTURES, SUMMARY, TRIALS, read_lines
@@ -29,10 +28,7 @@ def check_folder(folder: Path) -> None:
     if "?" in str(folder):  # SQLAlchemy would take it for the end of the path
         raise ImmaError(f"{folder} has a ? in its path.", hint="Choose another --report.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".imma-can-write"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another process of this study may look at the same moment
+        make_writable(folder)
     except OSError as error:
         raise ImmaError(f"{folder} cannot be written: {error.strerror}.", hint="Choose another --report.") from error
     foreign = [name for name in (PICTURES, *PAGES) if (folder / name).exists()]
@@ -75,14 +71,14 @@ class Kept:
         """Everything: the raw *lines* of the storage, and of the folder what the storage does not have."""
         new = [line_of(line) for line in lines]
         # an attempt that the storage has lost was made again as the first one
-        trials = {_without_attempt(line.trial) for line in new if isinstance(line, Measurement)}
+        trials = {without_attempt(line.trial) for line in new if isinstance(line, Measurement)}
         keys = {line.key for line in new}
         before: tuple[Line, ...] = (
-            *(line for line in self._earlier.measurements if _without_attempt(line.trial) not in trials),
+            *(line for line in self._earlier.measurements if without_attempt(line.trial) not in trials),
             *(
                 line
                 for line in self._earlier.pictures
-                if line.key not in keys and _without_attempt(line.trial or "") not in trials
+                if line.key not in keys and without_attempt(line.trial or "") not in trials
             ),
             *(line for line in self._earlier.untouched if line.key not in keys),
             *(line for line in self._earlier.weights if line.key not in keys),
@@ -97,10 +93,6 @@ class Kept:
         numbers = (self.study, *records.weights, *records.untouched, *records.measurements)
         _write(self.folder / TRIALS, (line.as_json() for line in numbers))
         _write(self.folder / PICTURES, (line.as_json() for line in records.pictures))
-
-
-def _without_attempt(trial: str) -> str:
-    return trial.partition(ATTEMPT)[0]
 
 
 def _write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -25,6 +25,8 @@ LOSS = "loss"
 Purpose = Literal["harmful", "benign", "search"]
 Model = Literal["original", "hardened", "maximize", "random"]
 Count = Annotated[int, Field(ge=0)]
+ATTEMPT: Final = ", attempt "
+"""Between the id of a job and the number of a further attempt at it."""
 LARGEST: Final = 1e100
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 """No similarity and no loss of a training that went well is larger, and the cube of it is still finite."""
@@ -280,3 +282,8 @@ def line_of(decoded: Any) -> Line:
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"its kind is {kind!r}; known are {', '.join(KINDS)}")
     return KINDS[kind].from_json(decoded)
+
+
+def without_attempt(trial: str) -> str:
+    """The id of the job that *trial* was an attempt at."""
+    return trial.partition(ATTEMPT)[0]

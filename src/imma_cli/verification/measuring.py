@@ -11,7 +11,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from imma_cli.attacks.settings import record, spec
@@ -19,7 +18,8 @@ from imma_cli.concepts.batches import encode
 from imma_cli.concepts.drawing import drawing_seeds
 from imma_cli.errors import ImmaError
 from imma_cli.verification.adapters import Adapters, CannotKeepError
-from imma_cli.verification.lines import LARGEST, AttackRecord, Line, Measurement, Pictures, Untouched, WeightDistance
+from imma_cli.verification.judging import judge, named, similarities
+from imma_cli.verification.lines import ATTEMPT, AttackRecord, Line, Measurement, Pictures, Untouched, WeightDistance
 from imma_cli.verification.lines import Model as ModelName
 from imma_cli.verification.models import Models, distances
 from imma_cli.verification.plan import Effort, Job
@@ -39,12 +39,7 @@ if TYPE_CHECKING:
 PACKAGES = ("imma-cli", "torch", "diffusers", "transformers", "peft")
 DRAWING_SEED = 900_000
 """Of the pictures that are judged: far from the seeds with which the models draw concepts that come without pictures."""
-REFERENCES = 64
-"""Most pictures that generated ones are compared with."""
 THUMBNAIL = 256
-ATTEMPT = ", attempt "
-"""Between the id of a job and the number of a further attempt at it."""
-WITHOUT_IT = "Name other metrics with --metric."
 
 OnProgress = Callable[[float, float | None], None]
 """Is told the share that is done, and the attacker's loss where there is one."""
@@ -171,7 +166,7 @@ def attack(bench: Bench, job: Job, attempt: int = 1, on_progress: OnProgress = l
         raise
     except Exception as error:  # noqa: BLE001 - a plugin may raise anything; the other trials go on
         bench.forget(job.model)
-        reason = " ".join([error.what, *error.reasons]) if isinstance(error, ImmaError) else _named(error)
+        reason = " ".join([error.what, *error.reasons]) if isinstance(error, ImmaError) else named(error)
         return Outcome((line(reached, status="failed", reason=reason).as_json(),), failed=True)
     lines: list[Line] = [
         line(point.step, loss=point.loss, scores=scores.get(point.step, {}), nearest=nearest.get(point.step, {}))
@@ -216,52 +211,6 @@ def draw(
     return pictures
 
 
-def judge(
-    metrics: Sequence[Metric], material: Material, drawn: Mapping[int, Sequence[Image.Image]]
-) -> tuple[dict[int, dict[str, tuple[float, ...]]], dict[int, dict[str, dict[str, tuple[float, ...]]]]]:
-    """For every step: metric → the mean similarity of each picture to all references; and to the nearest pictures.
-
-    Raises:
-        ImmaError: a metric raised, or gave something else than one finite number for each pair.
-    """
-    steps = sorted(drawn)
-    images = [image for step in steps for image in drawn[step]]
-    scores: dict[int, dict[str, tuple[float, ...]]] = {step: {} for step in steps}
-    nearest: dict[int, dict[str, dict[str, tuple[float, ...]]]] = {step: {} for step in steps}
-    for metric in metrics if images else ():
-        references = material.judge.images[:REFERENCES]
-        table = _table(metric, references, images)
-        end = steps[-1]
-        learned = _table(metric, material.pictures.images[:REFERENCES], drawn[end])
-        start = 0
-        for step in steps:
-            own = table[:, start : start + len(drawn[step])]
-            start += len(drawn[step])
-            scores[step][metric.name] = tuple(map(float, own.mean(axis=0)))
-            if step == end:
-                for whose, pairs in (("training", learned), ("judging", own)):
-                    nearest[step].setdefault(whose, {})[metric.name] = tuple(map(float, pairs.max(axis=0)))
-    return scores, nearest
-
-
-def _table(metric: Metric, references: Sequence[Image.Image], images: Sequence[Image.Image]) -> NDArray[np.float64]:
-    fault = f"The metric {metric.name} failed."
-    try:
-        table = np.asarray(metric.similarity(references, images), dtype=np.float64)
-    except Exception as error:
-        raise ImmaError(fault, [_named(error)], WITHOUT_IT) from error
-    if table.shape != (len(references), len(images)):
-        what = f"it gave numbers of the shape {table.shape} for {len(references)} x {len(images)} pairs"
-        raise ImmaError(fault, [what], WITHOUT_IT)
-    if not (np.abs(table) <= LARGEST).all():
-        raise ImmaError(fault, ["it gave NaN, an infinite or a far too large number"], WITHOUT_IT)
-    return table
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
 def look_at(bench: Bench, name: str) -> Outcome:
     """What became of prompts that have nothing to do with the concept, and of the weights, in the model *name*."""
     original, other = bench.models["original"], bench.models[name]
@@ -273,8 +222,8 @@ def look_at(bench: Bench, name: str) -> Outcome:
         reseeded = draw(bench, original, bench.untouched, 1, offset=1)
         scores, again, mixed = {}, {}, {}
         for metric in bench.metrics:
-            scores[metric.name] = tuple(map(float, _table(metric, before, after).diagonal()))
-            pairs = _table(metric, before, reseeded)
+            scores[metric.name] = tuple(map(float, similarities(metric, before, after).diagonal()))
+            pairs = similarities(metric, before, reseeded)
             again[metric.name] = tuple(map(float, pairs.diagonal()))
             mixed[metric.name] = tuple(map(float, np.roll(pairs, 1, axis=1).diagonal()))
         yardsticks = {"original, another seed": again, "original, another prompt": mixed}

@@ -213,13 +213,8 @@ def left_as_it_was(model: Model) -> Iterator[None]:
     objects = {part: [id(o) for o in _objects(network)] for part, network in model.networks.items()}
     tokenizer, tokens = model.tokenizer, dict(model.tokenizer.get_vocab())
     processors = {name: id(each) for name, each in model.unet.attn_processors.items()}
-    patched = {part: _own_attributes(network) for part, network in model.networks.items()}
+    attributes = {part: _own_attributes(network) for part, network in model.networks.items()}
     yield
-    assert {name: id(each) for name, each in model.unet.attn_processors.items()} == processors, (
-        "the UNet has other attention processors"
-    )
-    for part, network in model.networks.items():
-        assert _own_attributes(network) == patched[part], f"{part}: its modules have other attributes"
     assert model.tokenizer is tokenizer, "the tokenizer is another object"
     assert model.tokenizer.get_vocab() == tokens, "the tokenizer has other tokens"
     for part, network in model.networks.items():
@@ -227,11 +222,14 @@ def left_as_it_was(model: Model) -> Iterator[None]:
         assert list(state) == list(states[part]), f"{part}: its weights have other names"
         assert different(state, states[part]) == [], f"{part}: these weights have other values"
         assert [id(o) for o in _objects(network)] == objects[part], f"{part}: other modules or parameters"
+        assert _own_attributes(network) == attributes[part], f"{part}: its modules have other attributes"
         hooked = [n for n, m in network.named_modules() if m._forward_hooks or m._forward_pre_hooks]
         assert not hooked, f"{part}: hooks are left behind"
         assert not any(m.training for m in network.modules()), f"{part}: it is in training mode"
         assert not any(p.requires_grad for p in network.parameters()), f"{part}: a weight asks for gradients"
         assert all(p.grad is None for p in network.parameters()), f"{part}: a gradient is left behind"
+    left = {name: id(each) for name, each in model.unet.attn_processors.items()}
+    assert left == processors, "the UNet has other attention processors"
 
 
 def _own_attributes(network: nn.Module) -> list[list[str]]:
