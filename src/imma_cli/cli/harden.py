@@ -35,17 +35,33 @@ def harden(
         Path | None, typer.Option(help="What to write. Default: beside the checkpoint, NAME-immunized.")
     ] = None,
     method: Annotated[
-        Literal["imma", "maximize"], typer.Option(help="imma, or the paper's baseline: maximise the loss directly.")
+        Literal["episodes", "imma", "maximize"],
+        typer.Option(
+            help="episodes: attackers drawn anew, other prompts held on to. imma: as published. maximize: its baseline."
+        ),
     ] = "imma",
+    strength: Annotated[
+        Literal["low", "medium", "high"],
+        typer.Option(help="With episodes: how far predictions for other prompts may move for it."),
+    ] = "medium",
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="With episodes: a prompt that must stay as it is, besides everyday ones. Repeatable."),
+    ] = None,
     protect: Annotated[
-        Literal["attention", "cross-attention", "kv"], typer.Option(help="Which projections may change.")
+        Literal["unet", "attention", "cross-attention", "kv"],
+        typer.Option(help="Which weights may change."),
     ] = "attention",
     steps: Annotated[
         int | None,
-        typer.Option(min=2, help="Inner and outer steps for each attack on each concept. Default: the preset's."),
+        typer.Option(
+            min=2,
+            help="Inner and outer steps: in all with episodes, else for each attack on each concept. "
+            "Default: by the model's size, or the attack's preset.",
+        ),
     ] = None,
     outer_learning_rate: Annotated[
-        float | None, typer.Option(help="Rate of the immunizing steps. Default: the attack's preset's.")
+        float | None, typer.Option(help="Rate of the immunizing steps. Default: by size, or the attack's preset's.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in a step.")] = 1,
     draw: Annotated[
@@ -71,12 +87,16 @@ def harden(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Immunize a checkpoint against fine-tuning on a concept (IMMA), and write it in the layout it came in."""
+    """Immunize a checkpoint against fine-tuning on a concept, and write it in the layout it came in."""
     refusals = Refusals("The checkpoint cannot be hardened like this.")
     target = output or _beside(checkpoint)
     attacks, concepts, opened = _inputs(refusals, checkpoint, config, attack, concept, images)
     if outer_learning_rate is not None and not 0 < outer_learning_rate < float("inf"):
         refusals.add(f"--outer-learning-rate must be a positive number, not {outer_learning_rate:g}.")
+    if any(not prompt.strip() for prompt in keep or ()):
+        refusals.add("A --keep is empty; the empty prompt is held on to anyway.")
+    if method != "episodes" and (keep or strength != "medium"):
+        refusals.add(f"--keep and --strength belong to --method episodes; {method} holds on to nothing.")
     if opened is not None:
         refusals.check(opened.check_output, target, force=force or dry_run)
 
@@ -89,14 +109,13 @@ def harden(
     assert attacks is not None
 
     from imma_cli.concepts.drawing import draw_concept
-    from imma_cli.immunizers.imma import ImmunizerSettings, immunize
 
     for notice in opened.notices:
         if not json:
             err.print(f"[yellow]Note:[/] {escape(notice)}")
     with waiting("Reading the checkpoint", quiet=json):
         model = runtime.apply(opened.load(), gradient_checkpointing=gradient_checkpointing)
-    settings = ImmunizerSettings(method, protect, steps, outer_learning_rate, batch_size, seed)
+    settings = hardening.settings_for(method, protect, strength, steps, outer_learning_rate, batch_size, seed)
     drawing_seconds = 0.0
     if not images:
         concepts = []
@@ -107,21 +126,14 @@ def harden(
                 concepts.append(draw_concept(model, name, role="defend", seed=seed, count=count, on_picture=advance))
         drawing_seconds = (monotonic() - began) / count * draw
     if dry_run:
-        hardening.say_plan(model, attacks, concepts, settings, runtime, target, drawing_seconds, json=json)
+        from imma_cli.cli.planning import say_plan
+
+        say_plan(model, attacks, concepts, settings, runtime, target, drawing_seconds, json=json)
         return
 
-    cycles = sum(max(1, (steps or a.rates(model).steps) // 2) for a in attacks) * len(concepts)
-    with course("Hardening", cycles, quiet=json) as advance:
-        result = immunize(
-            model,
-            attacks,
-            concepts,
-            settings,
-            runtime,
-            lambda step: advance(step.cycle, attacker_loss=step.inner_loss, immunizer_loss=step.outer_loss),
-        )
+    result = hardening.carry_out(model, attacks, concepts, settings, runtime, keep or (), quiet=json)
     with waiting("Writing", quiet=json):
-        provenance = hardening.provenance(opened, attacks, concepts, settings, runtime, model)
+        provenance = hardening.provenance(opened, attacks, concepts, settings, runtime, model, keep or ())
         weights = {f"unet.{name}": weight.cpu() for name, weight in result.weights.items()}
         written = opened.write(target, weights, provenance, force=force)
     change = hardening.relative_change(model, result)

@@ -1,15 +1,16 @@
-"""What `imma harden` records and says: the plan, the provenance, the result."""
+"""How `imma harden` goes about it, and what it records and says: the course, the provenance, the result."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.markup import escape
 
-from imma_cli.cli.console import out, print_json
-from imma_cli.cli.progress import waiting
+from imma_cli.cli.console import out
+from imma_cli.cli.progress import course
 
 if TYPE_CHECKING:
     from imma_cli.attacks.attack import Attack
@@ -17,16 +18,111 @@ if TYPE_CHECKING:
     from imma_cli.concepts.concept import Concept
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
-    from imma_cli.immunizers.imma import Immunized, ImmunizerSettings
+    from imma_cli.immunizers.episodes import EpisodesSettings, Strength
+    from imma_cli.immunizers.imma import Immunized, ImmunizerSettings, Step
+    from imma_cli.immunizers.retention import Retention
+    from imma_cli.immunizers.scope import Protect
+
+
+FEWEST_KEPT = 8
+
+
+def settings_for(
+    method: Literal["episodes", "imma", "maximize"],
+    protect: Protect,
+    strength: Strength,
+    steps: int | None,
+    outer_learning_rate: float | None,
+    batch_size: int,
+    seed: int,
+) -> ImmunizerSettings | EpisodesSettings:
+    from imma_cli.immunizers.episodes import EpisodesSettings
+    from imma_cli.immunizers.imma import ImmunizerSettings
+
+    if method == "episodes":
+        return EpisodesSettings(protect, strength, steps, outer_learning_rate, batch_size, seed)
+    return ImmunizerSettings(method, protect, steps, outer_learning_rate, batch_size, seed)
+
+
+def cycles_of(
+    model: Model,
+    attacks: Sequence[Attack],
+    concepts: Sequence[Concept],
+    settings: ImmunizerSettings | EpisodesSettings,
+) -> int:
+    """How many times attacker and defender take a step."""
+    from imma_cli.immunizers.episodes import EpisodesSettings, defaults_for
+
+    if isinstance(settings, EpisodesSettings):
+        return max(1, (settings.steps or defaults_for(model).steps) // 2)
+    return sum(max(1, (settings.steps or a.rates(model).steps) // 2) for a in attacks) * len(concepts)
+
+
+def carry_out(
+    model: Model,
+    attacks: Sequence[Attack],
+    concepts: Sequence[Concept],
+    settings: ImmunizerSettings | EpisodesSettings,
+    runtime: Runtime,
+    keep: Sequence[str],
+    *,
+    quiet: bool,
+) -> Immunized:
+    """Harden with a bar for each thing that takes its time."""
+    from imma_cli.immunizers.episodes import EpisodesSettings, immunize_in_episodes
+    from imma_cli.immunizers.imma import immunize
+
+    cycles = cycles_of(model, attacks, concepts, settings)
+    if not isinstance(settings, EpisodesSettings):
+        with course("Hardening", cycles, quiet=quiet) as advance:
+            return immunize(
+                model, attacks, concepts, settings, runtime, lambda step: advance(step.cycle, **_curves(step))
+            )
+    retention = retention_for(model, concepts, settings, runtime, keep, quiet=quiet)
+
+    def show(step: Step) -> None:
+        advance(step.cycle, **_curves(step))
+
+    with course("Hardening", cycles, quiet=quiet) as advance:
+        return immunize_in_episodes(model, attacks, concepts, settings, runtime, retention, show)
+
+
+def retention_for(
+    model: Model,
+    concepts: Sequence[Concept],
+    settings: EpisodesSettings,
+    runtime: Runtime,
+    keep: Sequence[str],
+    pictures: int | None = None,
+    *,
+    quiet: bool,
+) -> Retention:
+    """What must stay: drawn for the prompts in *keep*, as often as each other kind of prompt, and for everyday ones."""
+    from imma_cli.immunizers.episodes import defaults_for
+    from imma_cli.immunizers.retention import prompts_beside, retain, vocabulary_of
+
+    sizes = defaults_for(model)
+    # a short run cannot make use of many pictures, and need not wait for them
+    cycles = cycles_of(model, (), (), settings)
+    count = pictures or min(sizes.kept_pictures, max(FEWEST_KEPT, cycles // 4))
+    prompts = prompts_beside([c.name for c in concepts], vocabulary_of(model), count, settings.seed)
+    prompts = [*list(keep)[:count], *prompts]
+    with course("Drawing what must stay", len(prompts), quiet=quiet) as advance:
+        return retain(model, prompts, noisings=sizes.noisings, seed=settings.seed, runtime=runtime, on_picture=advance)
+
+
+def _curves(step: Step) -> dict[str, float | None]:
+    return {"attacker_loss": step.inner_loss, "immunizer_loss": step.outer_loss, "drift": step.drift}
 
 
 def provenance(
     opened: Checkpoint,
     attacks: list[Attack],
     concepts: list[Concept],
-    settings: ImmunizerSettings,
+    settings: ImmunizerSettings | EpisodesSettings,
     runtime: Runtime,
     model: Model,
+    keep: Sequence[str],
 ) -> dict[str, Any]:
     """What was done, to whom and with what. Without times and paths: the same input gives the same file."""
     from dataclasses import asdict
@@ -34,7 +130,9 @@ def provenance(
     from imma_cli import __version__
     from imma_cli.attacks.settings import record
     from imma_cli.concepts.concept import hashed
+    from imma_cli.immunizers.episodes import EpisodesSettings
 
+    method = {"method": "episodes", "keep": list(keep)} if isinstance(settings, EpisodesSettings) else {}
     return {
         "tool": "imma",
         "version": __version__,
@@ -44,7 +142,7 @@ def provenance(
             for c in concepts
         ],
         "attacks": [record(a) | {"rates": asdict(a.rates(model))} for a in attacks],
-        "settings": asdict(settings),
+        "settings": method | asdict(settings),
         "runtime": asdict(runtime),
     }
 
@@ -84,6 +182,7 @@ def report(written: WriteReport, change: float, result: Immunized, provenance: d
         "dropped": list(written.dropped),
         "unreached": list(result.unreached),
         "losses": _course_of(result),
+        "checks": [asdict(check) for check in result.checks],
         "steps": [asdict(step) for step in result.steps],
         "provenance": provenance,
     }
@@ -102,7 +201,7 @@ def say_done(
     losses = _course_of(result)
     out.print(f"[bold green]Wrote[/] {escape(str(written.path))}")
     out.print(
-        f"  changed: {written.tensors} attention tensors, {written.parameters:,} values, "
+        f"  changed: {written.tensors} tensors, {written.parameters:,} values, "
         f"by {change:.1%} of their length; every other weight is identical, byte for byte"
     )
     if result.unreached:
@@ -117,6 +216,11 @@ def say_done(
     out.print(
         f"  loss that the immunizer raises, right after the attacker's step: {losses['immunizer_first']:.4f} at first, {losses['immunizer_last']:.4f} at last"
     )
+    for check in result.checks:
+        out.print(
+            f"  after {check.cycle} cycles: a short attack gets {1 - check.prevented:.0%} of what it gets on the original; "
+            f"predictions for other prompts moved by {check.drift:.4f}"
+        )
     if written.dropped:
         out.print(f"  left out: {len(written.dropped)} copies of the unhardened weights")
     command = ["imma", "verify", str(written.path), "--against", str(checkpoint), "--concept", concepts[0].name]
@@ -128,70 +232,3 @@ def say_done(
     if len(concepts) > 1:
         out.print(f"  and the same for the other {len(concepts) - 1} concepts")
     out.print("Who has the unhardened checkpoint can simply fine-tune that one: do not publish both.")
-
-
-def say_plan(
-    model: Model,
-    attacks: list[Attack],
-    concepts: list[Concept],
-    settings: ImmunizerSettings,
-    runtime: Runtime,
-    target: Path,
-    drawing_seconds: float,
-    *,
-    json: bool,
-) -> None:
-    """Run a few steps of everything for real, on a copy, and say what all of them would take."""
-    from dataclasses import asdict, replace
-    from time import monotonic
-
-    from imma_cli.attacks.settings import spec
-    from imma_cli.immunizers.imma import Step, immunize
-    from imma_cli.immunizers.memory import peak_memory
-    from imma_cli.immunizers.scope import protected_weights
-
-    protected = protected_weights(model.unet, settings.protect)
-    marks: list[float] = []
-
-    def mark(step: Step) -> None:
-        marks.append(monotonic())
-
-    with waiting("Trying a few steps", quiet=json):
-        immunize(model, attacks, concepts, replace(settings, steps=8), runtime, mark)
-    rates = [attack.rates(model) for attack in attacks]
-    steps = [settings.steps or each.steps for each in rates]
-    outer = [
-        each.outer_learning_rate if settings.outer_learning_rate is None else settings.outer_learning_rate
-        for each in rates
-    ]
-    turns = len(attacks) * len(concepts)
-    # the turns take turns, so after the first round, which also warms up, every one has been timed equally often
-    per_cycle = (marks[-1] - marks[turns - 1]) / (len(marks) - turns)
-    seconds = per_cycle * sum(count // 2 for count in steps) * len(concepts) + drawing_seconds
-    plan = {
-        "would_write": str(target),
-        "would_change_tensors": len(protected),
-        "would_change_parameters": sum(p.numel() for p in protected.values()),
-        "attacks": [{"name": a.name, "rates": asdict(r)} for a, r in zip(attacks, rates, strict=True)],
-        "concepts": [c.name for c in concepts],
-        "runtime": asdict(runtime),
-        "estimated_seconds": seconds,
-        "measured_peak_bytes": peak_memory(runtime),
-    }
-    if json:
-        print_json(plan)
-        return
-    exists = " (it exists: give --force to replace it)" if target.exists() else ""
-    out.print(f"Would write {target}{exists}", markup=False)
-    out.print(
-        f"  change: {plan['would_change_tensors']} tensors, {plan['would_change_parameters']:,} values ({settings.protect})"
-    )
-    for attack, each, count, rate in zip(attacks, rates, steps, outer, strict=True):
-        out.print(
-            f"  against {spec(attack)}: {count} steps, learning rate {each.learning_rate:g}, outer {rate:g}",
-            markup=False,
-        )
-    out.print(f"  on {runtime.device}, attention {runtime.attention}, precision {runtime.precision}")
-    out.print(
-        f"  about {seconds:.0f} s (timed over a few real steps); peak memory {peak_memory(runtime) / 1e9:.2f} GB, measured"
-    )

@@ -44,6 +44,13 @@ class Family(ABC):
         """The number T of noise levels; timesteps run from 0 to T - 1."""
 
     @abstractmethod
+    def predict(self, model: Model, latents: Tensor, conditioning: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network says about *latents* noised to *timesteps*, whatever its target is: [B, C, h, w].
+
+        Arguments as in `loss`.
+        """
+
+    @abstractmethod
     def loss(self, model: Model, latents: Tensor, conditioning: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The denoising loss, one number per picture: [B].
 

@@ -58,14 +58,17 @@ class StableDiffusion1(Family):
     def training_timesteps(self, model: Model) -> int:
         return int(model.scheduler.config.num_train_timesteps)
 
+    def predict(self, model: Model, latents: Tensor, conditioning: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        noisy = model.scheduler.add_noise(latents, noise, timesteps)
+        return cast(Tensor, model.unet(noisy, timesteps, encoder_hidden_states=conditioning, return_dict=False)[0])
+
     def loss(self, model: Model, latents: Tensor, conditioning: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         schedule = model.scheduler
-        noisy = schedule.add_noise(latents, noise, timesteps)
         if schedule.config.prediction_type == "epsilon":
             target = noise
         else:
             target = schedule.get_velocity(latents, noise, timesteps)
-        predicted = model.unet(noisy, timesteps, encoder_hidden_states=conditioning, return_dict=False)[0]
+        predicted = self.predict(model, latents, conditioning, noise, timesteps)
         return F.mse_loss(predicted.float(), target.float(), reduction="none").mean((1, 2, 3))
 
     @torch.no_grad()

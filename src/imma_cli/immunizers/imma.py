@@ -22,6 +22,7 @@ from imma_cli.concepts.batches import Batch, Latents, TrainingSet, encode
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
 from imma_cli.families.runtime import Runtime
+from imma_cli.immunizers.checking import Check
 from imma_cli.immunizers.scope import Protect, protected_weights
 
 Method = Literal["imma", "maximize"]
@@ -51,6 +52,8 @@ class Step:
     concept: str
     inner_loss: float | None
     outer_loss: float
+    drift: float | None = None
+    """How far predictions for other prompts have moved, where the method looks at them."""
 
 
 @dataclass
@@ -59,6 +62,8 @@ class Immunized:
 
     weights: dict[str, Tensor]
     steps: list[Step] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    """What short attacks on copies got along the way, where the method runs them."""
     unreached: tuple[str, ...] = ()
     """Weights of S_u that no attack's loss depended on, as the attacks computed with copies of them: they did not move."""
 

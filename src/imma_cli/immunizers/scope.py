@@ -9,8 +9,9 @@ from torch import nn
 
 from imma_cli.errors import ImmaError
 
-Protect = Literal["attention", "cross-attention", "kv"]
+Protect = Literal["unet", "attention", "cross-attention", "kv"]
 PATTERNS: dict[Protect, str] = {
+    "unet": r"",
     # attn1 is self-attention, attn2 is cross-attention in every UNet of diffusers
     "attention": r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)\.(weight|bias)$",
     "cross-attention": r"\.attn2\.(to_q|to_k|to_v|to_out\.0)\.(weight|bias)$",
@@ -19,7 +20,7 @@ PATTERNS: dict[Protect, str] = {
 
 
 def protected_weights(unet: nn.Module, protect: Protect) -> dict[str, nn.Parameter]:
-    """The projections of *unet* that *protect* names, by state-dict name.
+    """The weights of *unet* that *protect* names, by state-dict name.
 
     Raises:
         ImmaError: the network has none.

@@ -118,16 +118,16 @@ def directly_maximized(
 ) -> Model:
     """*target*, a copy of the original, hardened by IMMA's baseline: the loss is maximised with no attacker simulated.
 
-    Steps, rates and protected weights are those that the hardened file records, where it does (arXiv 2311.18815, "direct
+    Steps, rates and protected weights are those that the hardened file records, where the published method made it (arXiv 2311.18815, "direct
     maximisation").
     """
-    from imma_cli.immunizers.imma import ImmunizerSettings, immunize
+    from imma_cli.immunizers.imma import ImmunizerSettings, Method, immunize
 
     recorded = (provenance or {}).get("settings") or {}
-    known = {key: recorded[key] for key in ("protect", "steps", "outer_learning_rate", "batch_size") if key in recorded}
     settings = ImmunizerSettings(method="maximize")
-    if known.get("protect", settings.protect) in get_args(Protect):
-        settings = replace(settings, **known)
+    if recorded.get("method") in get_args(Method) and recorded.get("protect", settings.protect) in get_args(Protect):
+        taken = ("protect", "steps", "outer_learning_rate", "batch_size")
+        settings = replace(settings, **{key: recorded[key] for key in taken if key in recorded})
     result = immunize(target, attacks, [concept], settings, runtime, lambda step: on_step(step.cycle, step.cycles))
     with torch.no_grad():
         for name, weight in protected_weights(target.unet, settings.protect).items():

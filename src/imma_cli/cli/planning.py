@@ -1,0 +1,105 @@
+"""What `imma harden --dry-run` says: a few real steps on a copy, and what all of them would take."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from imma_cli.attacks.settings import spec
+from imma_cli.cli.console import out, print_json
+from imma_cli.cli.hardening import cycles_of, retention_for
+from imma_cli.cli.progress import waiting
+from imma_cli.immunizers.episodes import EpisodesSettings, defaults_for, immunize_in_episodes
+from imma_cli.immunizers.imma import ImmunizerSettings, Step, immunize
+from imma_cli.immunizers.memory import peak_memory
+from imma_cli.immunizers.scope import protected_weights
+
+if TYPE_CHECKING:
+    from imma_cli.attacks.attack import Attack
+    from imma_cli.concepts.concept import Concept
+    from imma_cli.families.model import Model
+    from imma_cli.families.runtime import Runtime
+
+TRIED = 4
+"""Cycles that are timed for each attack on each concept."""
+TRIED_PICTURES = 4
+
+
+def say_plan(
+    model: Model,
+    attacks: list[Attack],
+    concepts: list[Concept],
+    settings: ImmunizerSettings | EpisodesSettings,
+    runtime: Runtime,
+    target: Path,
+    drawing_seconds: float,
+    *,
+    json: bool,
+) -> None:
+    """Run a few steps of everything for real, on a copy, and say what all of them would take."""
+    with waiting("Trying a few steps", quiet=json):
+        per_cycle, preparing = _timed(model, attacks, concepts, settings, runtime)
+    cycles = cycles_of(model, attacks, concepts, settings)
+    seconds = per_cycle * cycles + preparing + drawing_seconds
+    protected = protected_weights(model.unet, settings.protect)
+    rates = [attack.rates(model) for attack in attacks]
+    plan = {
+        "would_write": str(target),
+        "would_change_tensors": len(protected),
+        "would_change_parameters": sum(p.numel() for p in protected.values()),
+        "attacks": [{"name": a.name, "rates": asdict(r)} for a, r in zip(attacks, rates, strict=True)],
+        "concepts": [c.name for c in concepts],
+        "runtime": asdict(runtime),
+        "cycles": cycles,
+        "estimated_seconds": seconds,
+        "measured_peak_bytes": peak_memory(runtime),
+    }
+    if json:
+        print_json(plan)
+        return
+    exists = " (it exists: give --force to replace it)" if target.exists() else ""
+    out.print(f"Would write {target}{exists}", markup=False)
+    out.print(
+        f"  change: {plan['would_change_tensors']} tensors, {plan['would_change_parameters']:,} values ({settings.protect})"
+    )
+    for attack, each in zip(attacks, rates, strict=True):
+        outer: float | None = settings.outer_learning_rate
+        if outer is None:
+            in_episodes = isinstance(settings, EpisodesSettings)
+            outer = defaults_for(model).outer_learning_rate if in_episodes else each.outer_learning_rate
+        out.print(f"  against {spec(attack)}: learning rate {each.learning_rate:g}, outer {outer:g}", markup=False)
+    out.print(f"  {2 * cycles} steps in all, half of them the attackers'")
+    out.print(f"  on {runtime.device}, attention {runtime.attention}, precision {runtime.precision}")
+    out.print(
+        f"  about {seconds:.0f} s (timed over a few real steps); peak memory {peak_memory(runtime) / 1e9:.2f} GB, measured"
+    )
+
+
+def _timed(
+    model: Model,
+    attacks: list[Attack],
+    concepts: list[Concept],
+    settings: ImmunizerSettings | EpisodesSettings,
+    runtime: Runtime,
+) -> tuple[float, float]:
+    """Seconds of a cycle, and of what comes before the first."""
+    marks: list[float] = []
+
+    def mark(step: Step) -> None:
+        marks.append(monotonic())
+
+    turns = len(attacks) * len(concepts)
+    preparing = 0.0
+    if isinstance(settings, EpisodesSettings):
+        began = monotonic()
+        retention = retention_for(model, concepts, settings, runtime, (), TRIED_PICTURES, quiet=True)
+        preparing = (monotonic() - began) / TRIED_PICTURES * defaults_for(model).kept_pictures
+        # every attack's turn is short, so that all of them are among the few
+        short = replace(settings, steps=2 * TRIED * turns, shortest=TRIED, longest=TRIED, checks=0)
+        immunize_in_episodes(model, attacks, concepts, short, runtime, retention, mark)
+        return (marks[-1] - marks[0]) / (len(marks) - 1), preparing
+    immunize(model, attacks, concepts, replace(settings, steps=2 * TRIED), runtime, mark)
+    # the turns take turns, so after the first round, which also warms up, every one has been timed equally often
+    return (marks[-1] - marks[turns - 1]) / (len(marks) - turns), preparing

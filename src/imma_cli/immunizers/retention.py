@@ -1,0 +1,141 @@
+"""What must stay: the original's own predictions, for prompts that have nothing to do with the concepts.
+
+Knowledge distillation (arXiv 1503.02531) on pictures that the model draws itself: no data is needed. The prompts are
+everyday nouns, nouns beside random words of the tokenizer's vocabulary, and random words alone, so that what the model
+knows besides nouns (styles, say) is met as well; some of the pictures are seen with the empty prompt, which
+classifier-free guidance relies on.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imma_cli.concepts.batches import conditioning_of, encode
+
+if TYPE_CHECKING:
+    from imma_cli.families.model import Model
+    from imma_cli.families.runtime import Runtime
+
+NOUNS = (
+    *("apple", "baby", "banana", "bear", "bee", "bell", "bicycle", "bird", "boat", "book", "bottle", "bread"),
+    *("bridge", "bus", "cake", "camera", "candle", "car", "castle", "cat", "chair", "cheese", "clock", "cloud"),
+    *("computer", "cow", "cup", "dog", "door", "drum", "eye", "face", "fish", "flower", "forest", "ghost"),
+    *("guitar", "hammer", "hand", "hat", "heart", "horse", "house", "key", "kite", "lamp", "lemon", "lion"),
+    *("lock", "man", "monkey", "moon", "mountain", "mushroom", "pencil", "person", "phone", "pig", "pizza", "rabbit"),
+    *("rain", "robot", "rocket", "rose", "scissors", "sheep", "ship", "shoe", "snail", "snake", "spider", "star"),
+    *("sun", "table", "tent", "tiger", "train", "tree", "truck", "trumpet", "umbrella", "window", "woman", "zebra"),
+)
+EMPTY_PROMPT = 0.25
+"""Share of what is held on to that is seen with the empty prompt."""
+DRAWING_SEED = 2_000_000_000
+"""Far from the seeds of drawn concepts and of whatever judges a model later."""
+DRAWING_STEPS = 10
+AT_ONCE = 16
+
+
+def prompts_beside(concepts: Sequence[str], vocabulary: Sequence[str], count: int, seed: int) -> list[str]:
+    """*count* prompts of which none has a word of the names in *concepts*."""
+    rng = random.Random(seed)
+    forbidden = set(re.findall(r"\w+", " ".join(concepts).lower()))
+    nouns = [noun for noun in NOUNS if noun not in forbidden]
+    words = [word for word in vocabulary if word not in forbidden] or nouns
+    forms: list[Callable[[], str]] = [
+        lambda: f"a {rng.choice(nouns)}",
+        lambda: f"a {rng.choice(nouns)} in {rng.choice(words)} style",
+        lambda: " ".join(rng.choices(words, k=rng.randint(2, 6))),
+        lambda: f"a {rng.choice(words)} {rng.choice(nouns)}",
+    ]
+    return [forms[i % len(forms)]() for i in range(count)]
+
+
+def vocabulary_of(model: Model) -> list[str]:
+    """Whole words that the tokenizer knows as such: no pieces of words, numbers or signs."""
+    end = "</w>"
+    return sorted(
+        word.removesuffix(end)
+        for word in model.tokenizer.get_vocab()
+        if word.endswith(end) and len(word) >= 3 + len(end) and word.removesuffix(end).isalpha() and word.isascii()
+    )
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Noised pictures, prompts, and what the original predicts for them; all computed once."""
+
+    latents: Tensor  # [N, C, h, w]
+    conditioning: Tensor  # [N, tokens, D]
+    empty: Tensor  # [tokens, D]
+    noise: Tensor  # [M, C, h, w], where M is a multiple of N: picture m % N
+    timesteps: Tensor  # int64 [M]
+    unprompted: Tensor  # bool [M]
+    predicted: Tensor  # [M, C, h, w]
+    held_out: int
+    """The last so many of the M are never trained on: they tell how far the model has drifted."""
+
+    def drift(self, model: Model, count: int, generator: torch.Generator) -> Tensor:
+        """Mean squared difference of *model*'s predictions from the original's, over *count* drawn ones: a scalar.
+
+        In units of the target's variance, which is about 1: the noise's, or the velocity's.
+        """
+        return self._difference(model, torch.randint(len(self.noise) - self.held_out, (count,), generator=generator))
+
+    @torch.no_grad()
+    def measured_drift(self, model: Model) -> float:
+        """The same over what was held out."""
+        rows = torch.arange(len(self.noise) - self.held_out, len(self.noise))
+        return float(torch.stack([self._difference(model, part) for part in torch.split(rows, AT_ONCE)]).mean())
+
+    def _difference(self, model: Model, rows: Tensor) -> Tensor:
+        predicted = model.family.predict(model, *self._inputs(rows))
+        return F.mse_loss(predicted.float(), self.predicted[rows].float())
+
+    def _inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        pictures = rows % len(self.latents)
+        prompted = self.conditioning[pictures]
+        conditioning = torch.where(self.unprompted[rows][:, None, None], self.empty, prompted)
+        return self.latents[pictures], conditioning, self.noise[rows], self.timesteps[rows]
+
+
+@torch.no_grad()
+def retain(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    noisings: int,
+    seed: int,
+    runtime: Runtime,
+    on_picture: Callable[[int], None] = lambda done: None,
+) -> Retention:
+    """Let *model* draw one picture for each of *prompts*, noise each *noisings* times, and keep what it predicts."""
+    pictures = []
+    for i in range(0, len(prompts), AT_ONCE):
+        part = prompts[i : i + AT_ONCE]
+        seeds = [DRAWING_SEED + seed * 1000 + i + k for k in range(len(part))]
+        with runtime.autocast():
+            pictures += model.family.draw(model, part, seeds, steps=DRAWING_STEPS)
+        on_picture(len(pictures))
+    latents = encode(model, pictures).mean
+    generator = torch.Generator().manual_seed(seed)
+    count = len(prompts) * noisings
+    kept = Retention(
+        latents,
+        conditioning_of(model, prompts),
+        conditioning_of(model, [""])[0],
+        torch.randn((count, *latents.shape[1:]), generator=generator).to(latents.device),
+        torch.randint(model.family.training_timesteps(model), (count,), generator=generator).to(latents.device),
+        (torch.rand(count, generator=generator) < EMPTY_PROMPT).to(latents.device),
+        torch.empty(count, *latents.shape[1:], device=latents.device),
+        held_out=min(64, count // 4),
+    )
+    for rows in torch.split(torch.arange(count), AT_ONCE):
+        with runtime.autocast():
+            kept.predicted[rows] = model.family.predict(model, *kept._inputs(rows)).float()
+    return kept

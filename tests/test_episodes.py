@@ -1,0 +1,182 @@
+"""Hardening in episodes: what is bounded stays bounded, attackers vary and leave nothing behind, the best state is taken."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_imma import CPU, attack_named, some_concept
+from torch import Tensor
+
+from imma_cli.attacks.testing import example_concept
+from imma_cli.families.model import Model
+from imma_cli.immunizers import checking
+from imma_cli.immunizers.checking import QuickCheck
+from imma_cli.immunizers.episodes import DRIFT, EpisodesSettings, immunize_in_episodes
+from imma_cli.immunizers.imma import Immunized
+from imma_cli.immunizers.retention import NOUNS, Retention, prompts_beside, retain, vocabulary_of
+from imma_cli.immunizers.simulated import draw_attacker
+
+ATTACKS = ("lora", "full-finetune", "textual-inversion", "text-encoder-lora", "custom-diffusion")
+SHORT = EpisodesSettings(steps=12, shortest=2, longest=3, checks=0)
+
+
+@pytest.fixture
+def retention(tiny_model: Model) -> Retention:
+    return retain(tiny_model, ["a cat", "a red tree", "moon"], noisings=8, seed=0, runtime=CPU)
+
+
+def harden(model: Model, retention: Retention, *attacks: str, **settings: Any) -> Immunized:
+    chosen = replace(SHORT, **settings)
+    return immunize_in_episodes(model, [attack_named(a) for a in attacks], [some_concept()], chosen, CPU, retention)
+
+
+def moved(model: Model, weights: dict[str, Tensor]) -> list[str]:
+    before = dict(model.unet.named_parameters())
+    return [name for name, weight in weights.items() if not torch.equal(weight, before[name])]
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_model_itself_stays_as_it_was(tiny_model: Model, retention: Retention, name: str) -> None:
+    before = {part: copy.deepcopy(net.state_dict()) for part, net in tiny_model.networks.items()}
+    result = harden(tiny_model, retention, name)
+    assert moved(tiny_model, result.weights)
+    for part, network in tiny_model.networks.items():
+        after = network.state_dict()
+        assert after.keys() == before[part].keys()
+        assert all(torch.equal(after[k], v) for k, v in before[part].items())
+        assert not any(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_loss_beyond_the_margin_is_not_raised_further(
+    tiny_model: Model, retention: Retention, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does what the attackers learned stay in the weights: where nothing drifts either, nothing at all has changed."""
+
+    def none(self: Retention, model: Model, *_: Any) -> Tensor:
+        return torch.stack([0 * parameter.sum() for parameter in model.unet.parameters()]).sum()
+
+    monkeypatch.setattr(Retention, "drift", none)
+    assert moved(tiny_model, harden(tiny_model, retention, name, margin=1e-6).weights) == []
+    assert moved(tiny_model, harden(tiny_model, retention, name).weights)
+
+
+def test_predictions_for_other_prompts_are_held(tiny_model: Model, retention: Retention) -> None:
+    """The same run with next to no weight on them lets them go further."""
+    assert retention.measured_drift(tiny_model) < 1e-12
+
+    def drift(strength: Any) -> float:
+        result = harden(
+            tiny_model, retention, "lora", steps=60, strength=strength, outer_learning_rate=5e-3, margin=100.0
+        )
+        other = copy.deepcopy(tiny_model)
+        other.unet.load_state_dict({**tiny_model.unet.state_dict(), **result.weights})
+        return retention.measured_drift(other)
+
+    assert drift("low") < 0.8 * drift("high")
+    assert DRIFT["low"] < DRIFT["medium"] < DRIFT["high"]
+
+
+def test_hardening_raises_the_attacked_models_loss(tiny_model: Model, retention: Retention) -> None:
+    steps = harden(
+        tiny_model, retention, "lora", steps=120, strength="high", outer_learning_rate=5e-3, margin=100.0, vary=False
+    ).steps
+    losses = [step.outer_loss for step in steps]
+    assert sum(losses[-15:]) > 1.02 * sum(losses[:15])
+
+
+def test_every_attack_on_every_concept_has_its_turn(tiny_model: Model, retention: Retention) -> None:
+    concepts = [some_concept("blue style"), some_concept("red style", shade=5)]
+    attacks = [attack_named("lora"), attack_named("dreambooth")]
+    settings = replace(SHORT, steps=24, shortest=3, longest=3)
+    steps = immunize_in_episodes(tiny_model, attacks, concepts, settings, CPU, retention).steps
+    assert len({(step.attack, step.concept) for step in steps}) == 4
+    assert [step.cycle for step in steps] == list(range(1, 13))
+
+
+def test_same_seed_same_weights_other_seed_others(tiny_model: Model, retention: Retention) -> None:
+    def weights(seed: int) -> dict[str, Tensor]:
+        return harden(tiny_model, retention, "lora", seed=seed).weights
+
+    first, again, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert any(not torch.equal(first[n], other[n]) for n in first)
+
+
+@pytest.mark.parametrize(("protect", "part"), [("attention", ".attn"), ("kv", ".attn2."), ("unet", "")])
+def test_only_protected_weights_change(tiny_model: Model, retention: Retention, protect: Any, part: str) -> None:
+    changed = moved(tiny_model, harden(tiny_model, retention, "lora", protect=protect).weights)
+    assert changed
+    assert all(part in name for name in changed)
+    assert protect != "unet" or any("resnets" in name for name in changed)
+
+
+def test_attackers_vary_in_what_the_user_left_open(tiny_model: Model) -> None:
+    attack = attack_named("lora:rank=2")
+    drawn = [draw_attacker(attack, tiny_model, random.Random(seed)).settings for seed in range(30)]
+    assert {each.rank for each in drawn} == {2}
+    assert len({each.learning_rate for each in drawn}) == 30
+    assert len({each.captions for each in drawn}) == 3
+    assert len({each.targets for each in drawn}) > 2
+    rate = attack.rates(tiny_model).learning_rate
+    assert all(rate / 2 <= each.learning_rate <= rate * 2 for each in drawn)
+    assert drawn[3] == draw_attacker(attack, tiny_model, random.Random(3)).settings
+
+
+def test_what_stays_is_asked_for_without_the_concepts_words(tiny_model: Model) -> None:
+    words = vocabulary_of(tiny_model)
+    assert words
+    prompts = prompts_beside([f"the {NOUNS[0]} {words[0]}"], words, 400, seed=0)
+    assert len(prompts) == 400
+    assert not any({NOUNS[0], words[0]} & set(prompt.split()) for prompt in prompts)
+    assert prompts == prompts_beside([f"the {NOUNS[0]} {words[0]}"], words, 400, seed=0)
+
+
+def test_a_short_attack_tells_how_hard_it_has_become(tiny_model: Model, retention: Retention) -> None:
+    check = QuickCheck(tiny_model, [attack_named("lora:learning_rate=1e-2")], [example_concept()], retention, CPU, 0)
+    assert check.reached < check.start
+    same = check.run(1, limit=1.0)
+    assert same.prevented == pytest.approx(0)
+    assert same.drift < 1e-12
+    with torch.no_grad():
+        tiny_model.unet.conv_out.weight.mul_(3)
+    worse = check.run(2, limit=1e9)
+    assert worse.prevented > 0.2
+    assert worse.drift > 0
+    assert check.best is worse
+
+
+def test_a_state_that_went_too_far_is_not_taken_and_no_progress_ends_the_run(
+    tiny_model: Model, retention: Retention
+) -> None:
+    check = QuickCheck(tiny_model, [attack_named("lora")], [example_concept()], retention, CPU, 0)
+    good = check.run(1, limit=1.0)
+    with torch.no_grad():
+        tiny_model.unet.conv_out.weight.mul_(3)
+    for cycle in range(checking.PATIENCE):
+        assert not check.exhausted
+        check.run(2 + cycle, limit=1e-9)
+    assert check.best is good
+    assert check.exhausted
+
+
+def test_the_best_state_is_what_is_kept(
+    tiny_model: Model, retention: Retention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second check is made the best one: the weights are those of then, not those at the end."""
+    seen: list[dict[str, Tensor]] = []
+
+    def attack(self: QuickCheck) -> tuple[float, float]:
+        seen.append({n: p.detach().clone() for n, p in self.model.unet.named_parameters()})
+        return 1.0, {3: 0.9}.get(len(seen), 0.5)
+
+    monkeypatch.setattr(QuickCheck, "_attack", attack)
+    result = harden(tiny_model, retention, "lora", steps=40, checks=10)
+    assert [check.prevented for check in result.checks] == pytest.approx([0, 0.8, 0, 0])
+    assert len(result.steps) < 20  # two checks without a better state ended it
+    assert all(torch.equal(weight, seen[2][name]) for name, weight in result.weights.items())
