@@ -33,7 +33,7 @@ from imma_cli.immunizers.scope import Protect, protected_weights
 from imma_cli.immunizers.simulated import draw_attacker
 
 Strength = Literal["low", "medium", "high"]
-DRIFT: dict[Strength, float] = {"low": 0.002, "medium": 0.005, "high": 0.015}
+DRIFT: dict[Strength, float] = {"low": 0.0015, "medium": 0.003, "high": 0.008}
 """How far the predictions for other prompts may move, as `Retention.drift` measures it."""
 
 
@@ -50,15 +50,15 @@ class EpisodesSettings:
     seed: int = 0
     vary: bool = True
     """Whether the attackers' settings are drawn; otherwise they are as given."""
-    shortest: int = 50
-    longest: int = 200
-    """How many steps an episode's attacker makes, at least and at most."""
+    shortest: int = 200
+    longest: int = 300
+    """How many steps an episode's attacker makes, at least and at most; in a short run no more than a third of it."""
     margin: float = 2.0
     """The loss beyond which an attacker's is not raised further; about 1 is a prediction that has nothing to do with the target."""
     outer_batch: int = 2
     """Pictures of the concept in an outer step."""
     keep_batch: int = 8
-    """Noised pictures of other things in an outer step."""
+    """Noised pictures of other things in an outer step; 0: nothing is held on to."""
     anneal: bool = True
     """Whether the immunizing rate falls to zero over the run: the noise of the last steps is drift that resists nobody."""
     checks: int = 5
@@ -75,7 +75,7 @@ class Defaults:
     noisings: int
 
 
-SMALL = Defaults(steps=1200, outer_learning_rate=1e-4, kept_pictures=96, noisings=12)
+SMALL = Defaults(steps=1000, outer_learning_rate=3e-4, kept_pictures=96, noisings=12)
 FULL_SIZE = Defaults(steps=2000, outer_learning_rate=1e-5, kept_pictures=64, noisings=16)
 
 
@@ -95,7 +95,6 @@ class Episode:
     weights: list[nn.Parameter]
     """S_u as the attacked model has it: the very same tensors, or copies where the attack trains the weights in place."""
     apart: bool
-    length: int
 
     def attacker_step(self, batch: Batch, runtime: Runtime) -> float:
         return self.attacker.step(lambda: runtime.forward(lambda: self.attack.loss(self.model, batch)))
@@ -129,15 +128,21 @@ class Defender:
             _require_finite(loss)
             missing = (self.settings.margin - loss).clamp(min=0)
             harmful = torch.autograd.grad(missing, episode.weights, allow_unused=True)
+        drift, kept = self._held()
+        self._descend(_clipped(harmful), kept, episode)
+        self._price(drift)
+        return float(loss.detach()), drift
+
+    def _held(self) -> tuple[float, Sequence[Tensor | None]]:
+        """How far predictions for other prompts have moved, and the gradient that brings them back."""
+        if not self.settings.keep_batch:
+            return 0.0, [None] * len(self.weights)
         with trainable(self.weights):
             drift = self.runtime.forward(
                 lambda: self.retention.drift(self.model, self.settings.keep_batch, self.generator)
             )
             _require_finite(drift)
-            kept = torch.autograd.grad(drift, self.weights, allow_unused=True)
-        self._descend(_clipped(harmful), kept, episode)
-        self._price(float(drift.detach()))
-        return float(loss.detach()), float(drift.detach())
+            return float(drift.detach()), torch.autograd.grad(drift, self.weights, allow_unused=True)
 
     @torch.no_grad()
     def _descend(self, harmful: Sequence[Tensor | None], kept: Sequence[Tensor | None], episode: Episode) -> None:
@@ -219,9 +224,10 @@ def _run(
     while cycle < cycles:
         # every attack on every concept once, in another order each time
         for attack, concept in _shuffled([(a, c) for a in attacks for c in concepts], rng):
-            with _episode(model, attack, concept, latents[concept.name], settings, defender, rng) as episode:
+            length = _length(settings, cycles, rng)
+            with _episode(model, attack, concept, latents[concept.name], length, settings, defender, rng) as episode:
                 batches = iter(episode.batches)
-                for _ in range(min(episode.length, cycles - cycle)):
+                for _ in range(min(length, cycles - cycle)):
                     cycle += 1
                     inner = episode.attacker_step(next(batches), runtime)
                     loss, drift = defender.step(episode, (cycle - 1) / cycles)
@@ -234,13 +240,12 @@ def _episode(
     prototype: Attack,
     concept: Concept,
     latents: Latents,
+    length: int,
     settings: EpisodesSettings,
     defender: Defender,
     rng: random.Random,
 ) -> Iterator[Episode]:
     attack = draw_attacker(prototype, model, rng) if settings.vary else type(prototype)(prototype.settings)
-    shortest = min(settings.shortest, settings.longest)
-    length = round(math.exp(rng.uniform(math.log(shortest), math.log(settings.longest))))
     seed = rng.randrange(2**31)
     chosen = concept.sample(attack.settings.pictures, seed)
     rows = [i for i, image in enumerate(concept.images) if any(image is other for other in chosen.images)]
@@ -264,8 +269,13 @@ def _episode(
             ),
             weights,
             apart,
-            length,
         )
+
+
+def _length(settings: EpisodesSettings, cycles: int, rng: random.Random) -> int:
+    longest = min(settings.longest, max(1, cycles // 3))
+    shortest = min(settings.shortest, longest)
+    return round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))
 
 
 def _outer_batch(pictures: TrainingSet, size: int) -> Batch:

@@ -1,0 +1,129 @@
+"""What each part of hardening in episodes is worth: one changed, the others as they are.
+
+    python benchmarks/resistance/ablation.py            # raw lines to benchmarks/resistance/results/ablation.jsonl, and the table
+
+On the held-out style, with a budget of 300 steps: enough to see how long an attacker is held up, too short to say what
+is left at the end of a long attack (run.py does). Several processes may share the work, --part 1/2 and --part 2/2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from cases import CASES, KEPT, SIMULATED, UNDEFENDED, UNSEEN, pictures
+from figures import figures, table
+from lines import RESULTS, Lines
+from trials import Plan, Trials
+
+from imma_cli.attacks.manager import discover
+from imma_cli.attacks.settings import parse_attacks
+from imma_cli.checkpoints import open_checkpoint
+from imma_cli.cli.hardening import retention_for
+from imma_cli.demo import write_demo
+from imma_cli.families.model import Model
+from imma_cli.families.runtime import choose_runtime
+from imma_cli.immunizers.episodes import EpisodesSettings, immunize_in_episodes
+from imma_cli.immunizers.imma import Immunized, ImmunizerSettings, immunize
+from imma_cli.immunizers.memory import peak_memory
+
+CASE = "style"
+ATTACKERS = (SIMULATED[0], "full-finetune", UNSEEN[1])
+NO_LIMIT = 1e9
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "attackers as given, not drawn": {"vary": False},
+    "one attack simulated: lora": {"attacks": ("lora",)},
+    "five attacks simulated": {"attacks": (*SIMULATED, "dreambooth", "lokr")},
+    "short episodes (40 to 100 steps)": {"shortest": 40, "longest": 100},
+    "no margin": {"margin": NO_LIMIT},
+    "a margin of 1": {"margin": 1.0},
+    "nothing held on to": {"keep_batch": 0},
+    "no prompts of the publisher's": {"keep": ()},
+    "rate not falling": {"anneal": False},
+    "cross-attention only": {"protect": "cross-attention"},
+    "the whole UNet": {"protect": "unet", "outer_learning_rate": 1e-4},
+    "strength low": {"strength": "low"},
+    "strength high": {"strength": "high"},
+    "twice as long": {"steps": 2000},
+    "as published, lora": {"published": ("lora",)},
+    "as published, several in turns": {"published": SIMULATED},
+}
+
+
+class Variants:
+    """Models hardened in this process, as no option of the command line reaches every part; kept as files."""
+
+    def __init__(self, work: Path, lines: Lines) -> None:
+        self.work, self.lines = work, lines
+        self.runtime = choose_runtime("cpu")
+        if not (work / "demo" / "model.safetensors").exists():
+            write_demo(work / "demo", force=True)
+
+    def model(self, case: str, row: str, seed: int) -> Model:
+        model = self.runtime.apply(open_checkpoint(self.work / "demo" / "model.safetensors").load())
+        if row == UNDEFENDED:
+            return model
+        kept = self.work / f"{list(VARIANTS).index(row)}-{seed}.pt"
+        if not kept.exists():
+            began = time.monotonic()
+            result = self._harden(model, row, seed)
+            line = {"kind": "defence", "case": case, "row": row, "defence_seed": seed}
+            line |= {"seconds": round(time.monotonic() - began, 1), "peak_bytes": peak_memory(self.runtime)}
+            self.lines.add(line | {"checks": [asdict(check) for check in result.checks], "changes": VARIANTS[row]})
+            torch.save(result.weights, kept)
+        model.unet.load_state_dict({**model.unet.state_dict(), **torch.load(kept)})
+        return model
+
+    def _harden(self, model: Model, row: str, seed: int) -> Immunized:
+        changes = dict(VARIANTS[row])
+        concept = pictures(CASES[CASE].folder, "defend")
+        if published := changes.pop("published", None):
+            attacks = parse_attacks(published, discover())
+            return immunize(model, attacks, [concept], ImmunizerSettings(seed=seed), self.runtime)
+        attacks = parse_attacks(changes.pop("attacks", SIMULATED), discover())
+        keep = changes.pop("keep", KEPT)
+        settings = replace(EpisodesSettings(seed=seed, checks=0), **changes)
+        retention = retention_for(model, [concept], settings, self.runtime, keep, quiet=True)
+        return immunize_in_episodes(model, attacks, [concept], settings, self.runtime, retention)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("ablation-work"))
+    parser.add_argument("--part", default="1/1", metavar="I/N")
+    parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by semicolons")
+    parser.add_argument("--defence-seeds", type=int, default=1)
+    parser.add_argument("--attack-seeds", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.work.mkdir(parents=True, exist_ok=True)
+    lines = Lines(RESULTS / "ablation.jsonl")
+    trials = Trials(
+        Variants(args.work, lines), lines, Plan(budget=300, attack_seeds=args.attack_seeds, search=0, images=4)
+    )
+    part, parts = map(int, args.part.split("/"))
+    for variant in args.variants.split(";")[part - 1 :: parts]:
+        for seed in range(args.defence_seeds):
+            trials.untouched(CASE, variant, seed)
+            for attack in parse_attacks(ATTACKERS, discover()):
+                trials.attack(CASE, UNDEFENDED, 0, attack, "default")
+                trials.attack(CASE, variant, seed, attack, "default")
+            (ordinary,) = parse_attacks(["lora"], discover())
+            trials.ordinary(CASE, UNDEFENDED, 0, ordinary)
+            trials.ordinary(CASE, variant, seed, ordinary)
+    text = table(figures(lines, VARIANTS))
+    (RESULTS / "ablation.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
