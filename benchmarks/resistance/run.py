@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--defence-seeds", type=int, default=3)
     parser.add_argument("--attack-seeds", type=int, default=3)
     parser.add_argument("--search", type=int, default=5, help="settings of each attack that are searched for each row")
-    parser.add_argument("--budget", type=int, default=1000)
+    parser.add_argument("--budget", type=int, default=500)
     parser.add_argument("--images", type=int, default=4, help="pictures for each of two prompts")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--draw", action="store_true")
