@@ -90,3 +90,16 @@ def test_what_blew_up_on_a_defended_model_is_counted_apart(figures: Any) -> None
     (attacked,) = found.harmful
     assert attacked.failed == 2
     assert attacked.prevented.estimate == pytest.approx(0.5)
+
+
+def test_the_page_shows_what_the_raw_lines_say(figures: Any) -> None:
+    import ablation
+    import lines
+
+    page = lines.PAGE.read_text(encoding="utf-8")
+    results = lines.Lines(lines.RESULTS / "trials.jsonl")
+    found = figures.figures(results)
+    assert figures.table(found) in page
+    assert all(figures.attack_table(each) in page for each in found)
+    changed = lines.Lines(lines.RESULTS / "ablation.jsonl")
+    assert figures.table(figures.figures(changed, ablation.VARIANTS)) in page

@@ -1,6 +1,6 @@
 """What each part of hardening in episodes is worth: one changed, the others as they are.
 
-    python benchmarks/resistance/ablation.py            # raw lines to benchmarks/resistance/results/ablation.jsonl, and the table
+    python benchmarks/resistance/ablation.py            # raw lines to benchmarks/resistance/results/ablation.jsonl; the table to docs/resistance.md
 
 On the held-out style, with a budget of 300 steps: enough to see how long an attacker is held up, too short to say what
 is left at the end of a long attack (run.py does). Several processes may share the work, --part 1/2 and --part 2/2.
@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from cases import CASES, KEPT, SIMULATED, UNDEFENDED, UNSEEN, pictures
 from figures import figures, table
-from lines import RESULTS, Lines
+from lines import RESULTS, Lines, put_on_page
 from trials import Plan, Trials
 
 from imma_cli.attacks.manager import discover
@@ -120,9 +120,7 @@ def main() -> None:
             (ordinary,) = parse_attacks(["lora"], discover())
             trials.ordinary(CASE, UNDEFENDED, 0, ordinary)
             trials.ordinary(CASE, variant, seed, ordinary)
-    text = table(figures(lines, VARIANTS))
-    (RESULTS / "ablation.md").write_text(text)
-    print(text)
+    put_on_page("ablation", table(figures(lines, VARIANTS)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,17 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "resistance.md"
+
+
+def put_on_page(mark: str, text: str) -> None:
+    """Replace what stands on the page between the comment that begins with *mark* and the next end."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, comment, rest = page.partition(f"<!-- {mark}: ")
+    _, _, after = rest.partition("<!-- end -->")
+    line = rest.split("\n", 1)[0]
+    PAGE.write_text(f"{before}{comment}{line}\n\n{text.strip()}\n\n<!-- end -->{after}", encoding="utf-8")
 
 
 class Lines:

@@ -20,14 +20,13 @@ import torch
 from cases import CASES, ROWS, SIMULATED, UNDEFENDED, UNSEEN, first_party
 from defences import Defences
 from figures import attack_table, figures, plot, table
-from lines import RESULTS, Lines
+from lines import DOCS, RESULTS, Lines, put_on_page
 from trials import Plan, Trials
 
 from imma_cli.attacks.attack import Attack
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks, spec
 
-DOCS = Path(__file__).parents[2] / "docs"
 ORDINARY = ("lora", "full-finetune")
 
 
@@ -93,9 +92,11 @@ def main() -> None:
 
 def show(lines: Lines, *, docs: bool) -> None:
     found = figures(lines)
-    text = table(found) + "".join(f"\n{each.case}, {each.row}:\n\n{attack_table(each)}" for each in found)
-    (lines.path.parent / "table.md").write_text(text)
-    plot(found, lines, DOCS / "images" if docs else lines.path.parent)
+    details = "".join(f"\n### {each.case}, {each.row}\n\n{attack_table(each)}" for each in found)
+    pictures = plot(found, lines, DOCS / "images" if docs else lines.path.parent)
+    if docs:
+        links = "".join(f"\n![{path.stem}](images/{path.name})\n" for path in pictures)
+        put_on_page("results", table(found) + links + details)
     print(table(found))
 
 
