@@ -20,9 +20,12 @@ from imma_cli.concepts.batches import conditioning_of
 from imma_cli.demo import write_demo
 from imma_cli.families.model import Model
 from imma_cli.immunizers import erasing
-from imma_cli.immunizers.erasing import EsdSettings, Settings, UceSettings, erase, prompts_with
+from imma_cli.immunizers.erasing import Settings, erase
+from imma_cli.immunizers.esd import EsdSettings
+from imma_cli.immunizers.naming import prompts_with
 from imma_cli.immunizers.retention import prompts_beside, vocabulary_of
 from imma_cli.immunizers.scope import protected_weights
+from imma_cli.immunizers.uce import UceSettings
 
 NAME = "blue style"
 UCE = UceSettings(nouns=3, preserved=24)
@@ -60,16 +63,21 @@ def test_uce_is_the_least_squares_solution(tiny_model: Model) -> None:
     keep = ("a red tree in green style",)
     edited = erased(tiny_model, settings, NAME, "round thing", keep=keep)
     old, new = [], []
-    for prompt, start, neutral in prompts_with([NAME, "round thing"], settings):
+    for prompt, start, neutral in prompts_with([NAME, "round thing"], settings.nouns, 3):
         for at in range(77):
             if at > len(tiny_model.tokenizer.tokenize(start)):
                 pair = tiny_model.family.encode_prompts(tiny_model, [prompt, neutral])
-                old.append(pair[0, at].double() * 2**0.5)
-                new.append(pair[1, at].double() * 2**0.5)
+                old.append(pair[0, at].double())
+                new.append(pair[1, at].double())
     others = [*keep, *prompts_beside([NAME, "round thing"], vocabulary_of(tiny_model), settings.preserved, 3)]
     kept = [token.double() for text in others for token in tiny_model.family.encode_prompts(tiny_model, [text])[0]]
-    ridge = 0.3**0.5 * torch.eye(16, dtype=torch.float64)
-    left, right = torch.stack([*old, *kept, *ridge]), torch.stack([*new, *kept, *ridge])
+    square = torch.stack(kept).square().mean()
+    parts = [
+        (2 / len(old), torch.stack(old), torch.stack(new)),
+        (1 / len(kept), torch.stack(kept), torch.stack(kept)),
+        (0.3 * square, torch.eye(16), torch.eye(16)),
+    ]
+    left, right = (torch.cat([part[side].double() * part[0] ** 0.5 for part in parts]) for side in (1, 2))
     for name, weight in protected_weights(tiny_model.unet, "kv").items():
         solution = torch.linalg.lstsq(left, right @ weight.double().T).solution.T
         torch.testing.assert_close(edited[name].double(), solution, rtol=1e-4, atol=1e-6)
@@ -149,7 +157,7 @@ def test_every_step_is_told(tiny_model: Model, settings: Settings) -> None:
 
 
 def test_the_nouns_of_a_concept_are_not_put_beside_it(tiny_model: Model) -> None:
-    prompts = prompts_with(["a cat in blue", "guitar"], UceSettings())
+    prompts = prompts_with(["a cat in blue", "guitar"], 1000, 0)
     assert not [p for p in prompts if p.prompt.startswith("a cat in a cat in blue")]
     assert [p for p in prompts if p.prompt == "a cat in guitar" and p.neutral == "a cat"]
 

@@ -297,4 +297,6 @@ def say_done(
         out.print("  What hardening adds to erasing: --against the erased model alone, as --method none writes it")
     if len(concepts) > 1:
         out.print(f"  and the same for the other {len(concepts) - 1} concepts")
-    out.print("Who has the unhardened checkpoint can simply fine-tune that one: do not publish both.")
+    out.print(
+        f"Who has the {'unhardened' if attacks else 'original'} checkpoint can simply fine-tune that one: do not publish both."
+    )

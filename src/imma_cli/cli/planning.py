@@ -12,10 +12,13 @@ from imma_cli.cli.console import out, print_json
 from imma_cli.cli.hardening import cycles_of, retention_for
 from imma_cli.cli.progress import waiting
 from imma_cli.immunizers.episodes import EpisodesSettings, defaults_for, immunize_in_episodes
-from imma_cli.immunizers.erasing import EsdSettings, UceSettings, erase, prompts_with, steps_of
+from imma_cli.immunizers.erasing import erase, steps_of
+from imma_cli.immunizers.esd import EsdSettings
 from imma_cli.immunizers.imma import Step, immunize
 from imma_cli.immunizers.memory import peak_memory
+from imma_cli.immunizers.naming import prompts_with
 from imma_cli.immunizers.scope import protected_weights
+from imma_cli.immunizers.uce import UceSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +109,7 @@ def _erasing(
     tried = replace(settings, steps=TRIED, nouns=1)
     changed = erase(model, names[:1], tried, runtime, on_step=mark)
     drawing, steps = marks.values()
-    drawn = len(prompts_with(names, settings)) / len(prompts_with(names[:1], tried))
+    drawn = len(prompts_with(names, settings.nouns, 0)) / len(prompts_with(names[:1], tried.nouns, 0))
     per_step = (steps[-1] - steps[0]) / (TRIED - 1)
     return changed, (drawing[-1] - began) * drawn + per_step * settings.steps
 
