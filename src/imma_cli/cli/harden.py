@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
 
-from imma_cli.cli import hardening
+from imma_cli.cli import erasing, hardening
 from imma_cli.cli.console import Refusals, err, print_json
-from imma_cli.cli.progress import course, waiting
-
-if TYPE_CHECKING:
-    from imma_cli.attacks.attack import Attack
-    from imma_cli.checkpoints import Checkpoint
-    from imma_cli.concepts.concept import Concept
+from imma_cli.cli.inputs import beside, check_methods, check_unused, inputs
+from imma_cli.cli.progress import waiting
 
 
 def harden(
     checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file or a diffusers folder.")],
     concept: Annotated[list[str], typer.Option(help="What to protect. Repeatable.")],
     attack: Annotated[
-        list[str], typer.Option(help="Attack to immunize against: NAME[:key=value,...]. Repeatable. See: imma attacks.")
-    ],
+        list[str] | None,
+        typer.Option(
+            help="Attack to immunize against: NAME[:key=value,...]. Repeatable; required unless --method none. "
+            "See: imma attacks."
+        ),
+    ] = None,
     images: Annotated[
         list[Path] | None,
         typer.Option(
@@ -35,18 +34,28 @@ def harden(
         Path | None, typer.Option(help="What to write. Default: beside the checkpoint, NAME-immunized.")
     ] = None,
     method: Annotated[
-        Literal["episodes", "imma", "maximize"],
+        Literal["episodes", "imma", "maximize", "none"],
         typer.Option(
-            help="episodes: attackers drawn anew, other prompts held on to. imma: as published. maximize: its baseline."
+            help="episodes: attackers drawn anew, other prompts held on to. imma: as published. maximize: its baseline. "
+            "none: erase only."
         ),
     ] = "imma",
+    erase: Annotated[
+        Literal["esd", "uce"] | None,
+        typer.Option(
+            help="Make the model forget the concepts first. esd: fine-tune its cross-attention away from them. "
+            "uce: edit its keys and values at once."
+        ),
+    ] = None,
     strength: Annotated[
         Literal["low", "medium", "high"],
         typer.Option(help="With episodes: how far predictions for other prompts may move for it."),
     ] = "medium",
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="With episodes: a prompt that must stay as it is, besides everyday ones. Repeatable."),
+        typer.Option(
+            help="With episodes or --erase uce: a prompt that must stay as it is, besides everyday ones. Repeatable."
+        ),
     ] = None,
     protect: Annotated[
         Literal["unet", "attention", "cross-attention", "kv"],
@@ -89,14 +98,22 @@ def harden(
 ) -> None:
     """Immunize a checkpoint against fine-tuning on a concept, and write it in the layout it came in."""
     refusals = Refusals("The checkpoint cannot be hardened like this.")
-    target = output or _beside(checkpoint)
-    attacks, concepts, opened = _inputs(refusals, checkpoint, config, attack, concept, images)
+    target = output or beside(checkpoint)
+    attacks, concepts, opened = inputs(refusals, checkpoint, config, attack or [], concept, images)
     if outer_learning_rate is not None and not 0 < outer_learning_rate < float("inf"):
         refusals.add(f"--outer-learning-rate must be a positive number, not {outer_learning_rate:g}.")
-    if any(not prompt.strip() for prompt in keep or ()):
-        refusals.add("A --keep is empty; the empty prompt is held on to anyway.")
-    if method != "episodes" and (keep or strength != "medium"):
-        refusals.add(f"--keep and --strength belong to --method episodes; {method} holds on to nothing.")
+    check_methods(refusals, method, erase, attack or [], strength, keep or [])
+    if method == "none":
+        check_unused(
+            refusals,
+            {
+                "--images": bool(images),
+                "--steps": steps is not None,
+                "--outer-learning-rate": outer_learning_rate is not None,
+                "--batch-size": batch_size != 1,
+                "--protect": protect != "attention",
+            },
+        )
     if opened is not None:
         refusals.check(opened.check_output, target, force=force or dry_run)
 
@@ -108,7 +125,7 @@ def harden(
     assert runtime is not None
     assert attacks is not None
 
-    from imma_cli.concepts.drawing import draw_concept
+    from imma_cli.immunizers.erasing import settings_for as erasing_settings_for
 
     for notice in opened.notices:
         if not json:
@@ -116,69 +133,30 @@ def harden(
     with waiting("Reading the checkpoint", quiet=json):
         model = runtime.apply(opened.load(), gradient_checkpointing=gradient_checkpointing)
     settings = hardening.settings_for(method, protect, strength, steps, outer_learning_rate, batch_size, seed)
+    erasing_settings = erasing_settings_for(model, erase, seed) if erase else None
     drawing_seconds = 0.0
-    if not images:
-        concepts = []
+    if settings and not images:
         count = 2 if dry_run else draw
-        began = monotonic()
-        for name in concept:
-            with course(f"Drawing {name}", count, quiet=json) as advance:
-                concepts.append(draw_concept(model, name, role="defend", seed=seed, count=count, on_picture=advance))
-        drawing_seconds = (monotonic() - began) / count * draw
+        concepts, seconds = hardening.draw_all(model, concept, count, seed, quiet=json)
+        drawing_seconds = seconds / count * draw
+    concepts = concepts or erasing.named_only(concept)
     if dry_run:
         from imma_cli.cli.planning import say_plan
 
-        say_plan(model, attacks, concepts, settings, runtime, target, drawing_seconds, json=json)
+        say_plan(model, attacks, concepts, settings, erasing_settings, runtime, target, drawing_seconds, json=json)
         return
 
+    erased = None
+    if erasing_settings:
+        erased = erasing.carry_out(model, concept, erasing_settings, runtime, keep or (), quiet=json)
     result = hardening.carry_out(model, attacks, concepts, settings, runtime, keep or (), quiet=json)
+    changes = hardening.Changes.of(model, erased, result)
     with waiting("Writing", quiet=json):
-        provenance = hardening.provenance(opened, attacks, concepts, settings, runtime, model, keep or ())
-        weights = {f"unet.{name}": weight.cpu() for name, weight in result.weights.items()}
-        written = opened.write(target, weights, provenance, force=force)
-    change = hardening.relative_change(model, result)
-    if json:
-        print_json(hardening.report(written, change, result, provenance))
-    else:
-        hardening.say_done(written, change, result, checkpoint, attacks, concepts)
-
-
-def _beside(checkpoint: Path) -> Path:
-    # not resolve(): where a link leads is somebody's cache; a relative path stays one
-    if checkpoint.is_dir():
-        folder = checkpoint.absolute()
-        return folder.with_name(f"{folder.name}-immunized")
-    return checkpoint.with_name(f"{checkpoint.stem}-immunized.safetensors")
-
-
-def _inputs(
-    refusals: Refusals,
-    checkpoint: Path,
-    config: Path | None,
-    attack: list[str],
-    concept: list[str],
-    images: list[Path] | None,
-) -> tuple[list[Attack] | None, list[Concept], Checkpoint | None]:
-    """Everything the user named, checked without loading a weight; what is wrong is left in *refusals*."""
-    from imma_cli.attacks.manager import discover
-    from imma_cli.attacks.settings import parse_attacks
-    from imma_cli.checkpoints import open_checkpoint
-    from imma_cli.concepts.folders import read_concept
-
-    attacks = refusals.check(parse_attacks, attack, discover())
-    if any(not name.strip() for name in concept):
-        refusals.add("A --concept is empty.")
-    repeated = sorted({name for name in concept if concept.count(name) > 1})
-    if repeated:
-        refusals.add(f"--concept {repeated[0]!r} is given twice.")
-    if images and len(images) != len(concept):
-        refusals.add(
-            f"{len(concept)} --concept but {len(images)} --images: one folder for each concept, in the same order."
+        provenance = hardening.provenance(
+            opened, attacks, concepts, settings, runtime, model, keep or (), seed, erasing_settings
         )
-    pairs = zip(concept, images or [], strict=False)
-    concepts = [c for name, folder in pairs if (c := refusals.check(read_concept, name, folder)) is not None]
-    opened = refusals.check(open_checkpoint, checkpoint, config)
-    if opened is not None:
-        for each in attacks or ():
-            refusals.check(each.require_family, opened.family)
-    return attacks, concepts, opened
+        written = opened.write(target, changes.by_part(), provenance, force=force)
+    if json:
+        print_json(hardening.report(written, changes, result, provenance, erased))
+    else:
+        hardening.say_done(written, changes, result, checkpoint, attacks, concepts, erased)

@@ -4,51 +4,74 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.markup import escape
 
 from imma_cli.cli.console import out
+from imma_cli.cli.erasing import say as say_erased
 from imma_cli.cli.progress import course
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from imma_cli.attacks.attack import Attack
     from imma_cli.checkpoints import Checkpoint, WriteReport
+    from imma_cli.cli.erasing import Erased
     from imma_cli.concepts.concept import Concept
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
     from imma_cli.immunizers.episodes import EpisodesSettings, Strength
+    from imma_cli.immunizers.erasing import Settings as ErasingSettings
     from imma_cli.immunizers.imma import Immunized, ImmunizerSettings, Step
     from imma_cli.immunizers.retention import Retention
     from imma_cli.immunizers.scope import Protect
 
+    HardeningSettings = ImmunizerSettings | EpisodesSettings
 
 FEWEST_KEPT = 8
 
 
 def settings_for(
-    method: Literal["episodes", "imma", "maximize"],
+    method: Literal["episodes", "imma", "maximize", "none"],
     protect: Protect,
     strength: Strength,
     steps: int | None,
     outer_learning_rate: float | None,
     batch_size: int,
     seed: int,
-) -> ImmunizerSettings | EpisodesSettings:
+) -> HardeningSettings | None:
+    """None where nothing is to be hardened."""
     from imma_cli.immunizers.episodes import EpisodesSettings
     from imma_cli.immunizers.imma import ImmunizerSettings
 
     if method == "episodes":
         return EpisodesSettings(protect, strength, steps, outer_learning_rate, batch_size, seed)
+    if method == "none":
+        return None
     return ImmunizerSettings(method, protect, steps, outer_learning_rate, batch_size, seed)
+
+
+def draw_all(model: Model, names: Sequence[str], count: int, seed: int, *, quiet: bool) -> tuple[list[Concept], float]:
+    """*count* pictures of each concept by the model itself, and the seconds that took."""
+    from imma_cli.concepts.drawing import draw_concept
+
+    concepts = []
+    began = monotonic()
+    for name in names:
+        with course(f"Drawing {name}", count, quiet=quiet) as advance:
+            concepts.append(draw_concept(model, name, role="defend", seed=seed, count=count, on_picture=advance))
+    return concepts, monotonic() - began
 
 
 def cycles_of(
     model: Model,
     attacks: Sequence[Attack],
     concepts: Sequence[Concept],
-    settings: ImmunizerSettings | EpisodesSettings,
+    settings: HardeningSettings,
 ) -> int:
     """How many times attacker and defender take a step."""
     from imma_cli.immunizers.episodes import EpisodesSettings, defaults_for
@@ -62,16 +85,18 @@ def carry_out(
     model: Model,
     attacks: Sequence[Attack],
     concepts: Sequence[Concept],
-    settings: ImmunizerSettings | EpisodesSettings,
+    settings: HardeningSettings | None,
     runtime: Runtime,
     keep: Sequence[str],
     *,
     quiet: bool,
 ) -> Immunized:
-    """Harden with a bar for each thing that takes its time."""
+    """Harden with a bar for each thing that takes its time; nothing where *settings* is None."""
     from imma_cli.immunizers.episodes import EpisodesSettings, immunize_in_episodes
-    from imma_cli.immunizers.imma import immunize
+    from imma_cli.immunizers.imma import Immunized, immunize
 
+    if settings is None:
+        return Immunized({})
     cycles = cycles_of(model, attacks, concepts, settings)
     if not isinstance(settings, EpisodesSettings):
         with course("Hardening", cycles, quiet=quiet) as advance:
@@ -119,10 +144,12 @@ def provenance(
     opened: Checkpoint,
     attacks: list[Attack],
     concepts: list[Concept],
-    settings: ImmunizerSettings | EpisodesSettings,
+    settings: HardeningSettings | None,
     runtime: Runtime,
     model: Model,
     keep: Sequence[str],
+    seed: int,
+    erasing_settings: ErasingSettings | None,
 ) -> dict[str, Any]:
     """What was done, to whom and with what. Without times and paths: the same input gives the same file."""
     from dataclasses import asdict
@@ -132,7 +159,8 @@ def provenance(
     from imma_cli.concepts.concept import hashed
     from imma_cli.immunizers.episodes import EpisodesSettings
 
-    method = {"method": "episodes", "keep": list(keep)} if isinstance(settings, EpisodesSettings) else {}
+    own = {"method": "none", "seed": seed} if settings is None else asdict(settings)
+    held = {"keep": list(keep)} if keep or isinstance(settings, EpisodesSettings) else {}
     return {
         "tool": "imma",
         "version": __version__,
@@ -142,22 +170,44 @@ def provenance(
             for c in concepts
         ],
         "attacks": [record(a) | {"rates": asdict(a.rates(model))} for a in attacks],
-        "settings": method | asdict(settings),
+        "settings": {"method": "episodes"} | held | own,
         "runtime": asdict(runtime),
+        **({"erase": asdict(erasing_settings)} if erasing_settings else {}),
     }
 
 
-def relative_change(model: Model, result: Immunized) -> float:
-    """Length of the change of the protected weights over their own length."""
-    before = dict(model.unet.named_parameters())
-    moved = sum(float((new - before[name]).square().sum()) for name, new in result.weights.items())
-    whole = sum(float(before[name].square().sum()) for name in result.weights)
-    return float((moved / whole) ** 0.5)
+@dataclass(frozen=True)
+class Changes:
+    """What erasing and hardening changed together, by state-dict name of the UNet."""
+
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: Model, erased: Erased | None, result: Immunized) -> Changes:
+        """*model* holds the weights that hardening began with: the erased ones where there was erasing."""
+        began = dict(model.unet.named_parameters())
+        before = {name: began[name].detach() for name in result.weights}
+        if erased is None:
+            return cls(before, result.weights)
+        # what was erased and not hardened is written too; what was both counts from the original
+        return cls(before | erased.before, erased.after | result.weights)
+
+    def by_part(self) -> dict[str, Tensor]:
+        """As `Checkpoint.write` takes them."""
+        return {f"unet.{name}": weight.cpu() for name, weight in self.after.items()}
+
+    @property
+    def relative(self) -> float:
+        """Length of the change over the changed weights' own length."""
+        moved = sum(float((new - self.before[name]).square().sum()) for name, new in self.after.items())
+        whole = sum(float(old.square().sum()) for old in self.before.values())
+        return float((moved / whole) ** 0.5)
 
 
 def _course_of(result: Immunized) -> dict[str, float | None]:
     """Mean losses of both players over the first and the last tenth."""
-    tenth = max(1, len(result.steps) // 10)
+    tenth = max(1, len(result.steps) // 10)  # no steps, no means
 
     def mean(values: list[float | None]) -> float | None:
         known = [v for v in values if v is not None]
@@ -171,30 +221,34 @@ def _course_of(result: Immunized) -> dict[str, float | None]:
     }
 
 
-def report(written: WriteReport, change: float, result: Immunized, provenance: dict[str, Any]) -> dict[str, Any]:
+def report(
+    written: WriteReport, changes: Changes, result: Immunized, provenance: dict[str, Any], erased: Erased | None
+) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {
         "output": str(written.path),
         "changed_tensors": written.tensors,
         "changed_parameters": written.parameters,
-        "relative_change": change,
+        "relative_change": changes.relative,
         "dropped": list(written.dropped),
         "unreached": list(result.unreached),
         "losses": _course_of(result),
         "checks": [asdict(check) for check in result.checks],
         "steps": [asdict(step) for step in result.steps],
+        **({"erasing_distances": erased.distances} if erased else {}),
         "provenance": provenance,
     }
 
 
 def say_done(
     written: WriteReport,
-    change: float,
+    changes: Changes,
     result: Immunized,
     checkpoint: Path,
     attacks: list[Attack],
     concepts: list[Concept],
+    erased: Erased | None,
 ) -> None:
     from imma_cli.attacks.settings import spec
 
@@ -202,8 +256,10 @@ def say_done(
     out.print(f"[bold green]Wrote[/] {escape(str(written.path))}")
     out.print(
         f"  changed: {written.tensors} tensors, {written.parameters:,} values, "
-        f"by {change:.1%} of their length; every other weight is identical, byte for byte"
+        f"by {changes.relative:.1%} of their length; every other weight is identical, byte for byte"
     )
+    if erased:
+        say_erased(erased)
     if result.unreached:
         out.print(
             f"  [yellow]not hardened:[/] {len(result.unreached)} of {len(result.weights)} protected tensors, "
@@ -213,9 +269,10 @@ def say_done(
         out.print(
             f"  simulated attacker's loss: {losses['attacker_first']:.4f} at first, {losses['attacker_last']:.4f} at last"
         )
-    out.print(
-        f"  loss that the immunizer raises, right after the attacker's step: {losses['immunizer_first']:.4f} at first, {losses['immunizer_last']:.4f} at last"
-    )
+    if losses["immunizer_first"] is not None:
+        out.print(
+            f"  loss that the immunizer raises, right after the attacker's step: {losses['immunizer_first']:.4f} at first, {losses['immunizer_last']:.4f} at last"
+        )
     for check in result.checks:
         out.print(
             f"  after {check.cycle} cycles: a short attack gets {1 - check.prevented:.0%} of what it gets on the original; "
@@ -224,11 +281,22 @@ def say_done(
     if written.dropped:
         out.print(f"  left out: {len(written.dropped)} copies of the unhardened weights")
     command = ["imma", "verify", str(written.path), "--against", str(checkpoint), "--concept", concepts[0].name]
-    command += ["--images", "FOLDER", *(part for a in attacks for part in ("--attack", spec(a)))]
-    out.print(
-        "\nA simulated attacker is not a real one. To see what a real one still gets, with pictures not used here:"
-    )
+    command += [
+        "--images",
+        "FOLDER",
+        *(part for each in [spec(a) for a in attacks] or ["NAME"] for part in ("--attack", each)),
+    ]
+    if attacks:
+        out.print(
+            "\nA simulated attacker is not a real one. To see what a real one still gets, with pictures not used here:"
+        )
+    else:
+        out.print("\nErased is not gone: fine-tuning can bring it back. To see how fast, with pictures not used here:")
     out.print("  " + shlex.join(command), markup=False)
+    if erased and attacks:
+        out.print("  What hardening adds to erasing: --against the erased model alone, as --method none writes it")
     if len(concepts) > 1:
         out.print(f"  and the same for the other {len(concepts) - 1} concepts")
-    out.print("Who has the unhardened checkpoint can simply fine-tune that one: do not publish both.")
+    out.print(
+        f"Who has the {'unhardened' if attacks else 'original'} checkpoint can simply fine-tune that one: do not publish both."
+    )

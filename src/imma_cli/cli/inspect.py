@@ -56,9 +56,10 @@ def inspect(
     else:
         attacks = ", ".join(a["name"] for a in made.get("attacks", []))
         concepts = ", ".join(c["name"] for c in made.get("concepts", []))
-        table.add_row(
-            "provenance", f"imma {made.get('version')}: hardened for {escape(concepts)} against {escape(attacks)}"
-        )
+        erased = (made.get("erase") or {}).get("method")
+        done = [f"{concepts} erased by {erased}"] if erased else []
+        done += [f"hardened for {concepts} against {attacks}"] if attacks else []
+        table.add_row("provenance", escape(f"imma {made.get('version')}: {', then '.join(done)}"))
         table.add_row("", f"from sha256 {made.get('input_sha256')}, seed {made.get('settings', {}).get('seed')}")
     out.print(table)
 

@@ -12,12 +12,19 @@ from imma_cli.cli.console import out, print_json
 from imma_cli.cli.hardening import cycles_of, retention_for
 from imma_cli.cli.progress import waiting
 from imma_cli.immunizers.episodes import EpisodesSettings, defaults_for, immunize_in_episodes
-from imma_cli.immunizers.imma import ImmunizerSettings, Step, immunize
+from imma_cli.immunizers.erasing import erase, steps_of
+from imma_cli.immunizers.esd import EsdSettings
+from imma_cli.immunizers.imma import Step, immunize
 from imma_cli.immunizers.memory import peak_memory
+from imma_cli.immunizers.naming import prompts_with
 from imma_cli.immunizers.scope import protected_weights
+from imma_cli.immunizers.uce import UceSettings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from imma_cli.attacks.attack import Attack
+    from imma_cli.cli.hardening import HardeningSettings
     from imma_cli.concepts.concept import Concept
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
@@ -31,7 +38,8 @@ def say_plan(
     model: Model,
     attacks: list[Attack],
     concepts: list[Concept],
-    settings: ImmunizerSettings | EpisodesSettings,
+    settings: HardeningSettings | None,
+    erasing: EsdSettings | UceSettings | None,
     runtime: Runtime,
     target: Path,
     drawing_seconds: float,
@@ -39,18 +47,23 @@ def say_plan(
     json: bool,
 ) -> None:
     """Run a few steps of everything for real, on a copy, and say what all of them would take."""
+    names = [concept.name for concept in concepts]
     with waiting("Trying a few steps", quiet=json):
-        per_cycle, preparing = _timed(model, attacks, concepts, settings, runtime)
-    cycles = cycles_of(model, attacks, concepts, settings)
-    seconds = per_cycle * cycles + preparing + drawing_seconds
-    protected = protected_weights(model.unet, settings.protect)
+        changed, seconds = _erasing(model, names, erasing, runtime) if erasing else ({}, 0.0)
+        cycles = 0
+        if settings:
+            per_cycle, preparing = _timed(model, attacks, concepts, settings, runtime)
+            cycles = cycles_of(model, attacks, concepts, settings)
+            seconds += per_cycle * cycles + preparing + drawing_seconds
+            changed |= protected_weights(model.unet, settings.protect)
     rates = [attack.rates(model) for attack in attacks]
     plan = {
         "would_write": str(target),
-        "would_change_tensors": len(protected),
-        "would_change_parameters": sum(p.numel() for p in protected.values()),
+        "would_change_tensors": len(changed),
+        "would_change_parameters": sum(p.numel() for p in changed.values()),
         "attacks": [{"name": a.name, "rates": asdict(r)} for a, r in zip(attacks, rates, strict=True)],
-        "concepts": [c.name for c in concepts],
+        "concepts": names,
+        **({"erase": asdict(erasing)} if erasing else {}),
         "runtime": asdict(runtime),
         "cycles": cycles,
         "estimated_seconds": seconds,
@@ -62,26 +75,50 @@ def say_plan(
     exists = " (it exists: give --force to replace it)" if target.exists() else ""
     out.print(f"Would write {target}{exists}", markup=False)
     out.print(
-        f"  change: {plan['would_change_tensors']} tensors, {plan['would_change_parameters']:,} values ({settings.protect})"
+        f"  change: {plan['would_change_tensors']} tensors, {plan['would_change_parameters']:,} values{f' ({settings.protect})' if settings else ''}"
     )
+    if erasing:
+        out.print(f"  erase first, by {erasing.method}: {steps_of(model, names, erasing)} steps")
     for attack, each in zip(attacks, rates, strict=True):
-        outer: float | None = settings.outer_learning_rate
+        assert settings is not None  # without hardening there are no attacks
+        outer = settings.outer_learning_rate
         if outer is None:
             in_episodes = isinstance(settings, EpisodesSettings)
             outer = defaults_for(model).outer_learning_rate if in_episodes else each.outer_learning_rate
         out.print(f"  against {spec(attack)}: learning rate {each.learning_rate:g}, outer {outer:g}", markup=False)
-    out.print(f"  {2 * cycles} steps in all, half of them the attackers'")
+    if settings:
+        out.print(f"  {2 * cycles} steps in all, half of them the attackers'")
     out.print(f"  on {runtime.device}, attention {runtime.attention}, precision {runtime.precision}")
     out.print(
         f"  about {seconds:.0f} s (timed over a few real steps); peak memory {peak_memory(runtime) / 1e9:.2f} GB, measured"
     )
 
 
+def _erasing(
+    model: Model, names: list[str], settings: EsdSettings | UceSettings, runtime: Runtime
+) -> tuple[dict[str, Tensor], float]:
+    """The weights that erasing would change, and the seconds it would take."""
+    began = monotonic()
+    if isinstance(settings, UceSettings):
+        return erase(model, names, settings, runtime), monotonic() - began
+    marks: dict[str, list[float]] = {}
+
+    def mark(done: int, doing: str, distance: float | None) -> None:
+        marks.setdefault(doing, []).append(monotonic())
+
+    tried = replace(settings, steps=TRIED, nouns=1)
+    changed = erase(model, names[:1], tried, runtime, on_step=mark)
+    drawing, steps = marks.values()
+    drawn = len(prompts_with(names, settings.nouns, 0)) / len(prompts_with(names[:1], tried.nouns, 0))
+    per_step = (steps[-1] - steps[0]) / (TRIED - 1)
+    return changed, (drawing[-1] - began) * drawn + per_step * settings.steps
+
+
 def _timed(
     model: Model,
     attacks: list[Attack],
     concepts: list[Concept],
-    settings: ImmunizerSettings | EpisodesSettings,
+    settings: HardeningSettings,
     runtime: Runtime,
 ) -> tuple[float, float]:
     """Seconds of a cycle, and of what comes before the first."""
