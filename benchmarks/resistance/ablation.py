@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from cases import CASES, KEPT, SIMULATED, UNDEFENDED, UNSEEN, pictures
+from cases import CASES, SIMULATED, UNDEFENDED, UNSEEN, keeps, pictures
 from figures import figures, table
 from lines import RESULTS, Lines, put_on_page
 from trials import Plan, Trials
@@ -65,11 +65,12 @@ class Variants:
     def __init__(self, work: Path, lines: Lines) -> None:
         self.work, self.lines = work, lines
         self.runtime = choose_runtime("cpu")
-        if not (work / "demo" / "model.safetensors").exists():
-            write_demo(work / "demo", force=True)
+        self.home = work / "demo"
+        if not (self.home / "model.safetensors").exists():
+            write_demo(self.home, force=True)
 
     def model(self, case: str, row: str, seed: int) -> Model:
-        model = self.runtime.apply(open_checkpoint(self.work / "demo" / "model.safetensors").load())
+        model = self.runtime.apply(open_checkpoint(self.home / "model.safetensors").load())
         if row == UNDEFENDED:
             return model
         kept = self.work / f"{list(VARIANTS).index(row)}-{seed}.pt"
@@ -85,12 +86,12 @@ class Variants:
 
     def _harden(self, model: Model, row: str, seed: int) -> Immunized:
         changes = dict(VARIANTS[row])
-        concept = pictures(CASES[CASE].folder, "defend")
+        concept = pictures(self.home, CASES[CASE], "defend")
         if published := changes.pop("published", None):
             attacks = parse_attacks(published, discover())
             return immunize(model, attacks, [concept], ImmunizerSettings(seed=seed), self.runtime)
         attacks = parse_attacks(changes.pop("attacks", SIMULATED), discover())
-        keep = changes.pop("keep", KEPT)
+        keep = changes.pop("keep", keeps(CASES[CASE]))
         settings = replace(EpisodesSettings(seed=seed, checks=0), **changes)
         retention = retention_for(model, [concept], settings, self.runtime, keep, quiet=True)
         return immunize_in_episodes(model, attacks, [concept], settings, self.runtime, retention)

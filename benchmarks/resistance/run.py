@@ -50,13 +50,13 @@ def main() -> None:
     if args.draw:
         show(lines, docs=not args.quick)
         return
+    unseen: tuple[str, ...] = () if args.quick else UNSEEN
     if args.quick:
         args.cases, args.rows, args.attacks = "style", "imma;episodes", "lora full-finetune"
         args.defence_seeds = args.attack_seeds = 1
-        args.search, args.budget, unseen = 0, 150, ()
+        args.search, args.budget = 0, 150
         defences = Defences(args.work / "quick", lines, ("--steps", "300"))
     else:
-        unseen = UNSEEN
         defences = Defences(args.work, lines)
     plan = Plan(args.budget, args.attack_seeds, args.search, args.images)
     trials = Trials(defences, lines, plan)

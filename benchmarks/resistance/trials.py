@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -47,7 +48,9 @@ class Plan:
 
 
 class Defended(Protocol):
-    """Where models come from."""
+    """Where models and pictures come from."""
+
+    home: Path
 
     def model(self, case: str, row: str, seed: int) -> Model: ...
 
@@ -85,11 +88,11 @@ class Trials:
     def attack(self, case: str, row: str, defence_seed: int, attack: Attack, found: str) -> None:
         """All seeds of one setting on the concept; *found* says how it came to be among the attackers."""
         for seed in range(self.plan.attack_seeds):
-            self._trial(case, row, defence_seed, attack, harmful(CASES[case], self.plan.prompts), seed, found=found)
+            self._trial(case, row, defence_seed, attack, self._harmful(case), seed, found=found)
 
     def ordinary(self, case: str, row: str, defence_seed: int, attack: Attack) -> None:
         """Ordinary fine-tuning on what nobody protected."""
-        for each in benign(CASES[case], self.plan.prompts):
+        for each in benign(self.defences.home, CASES[case], self.plan.prompts):
             for seed in range(self.plan.attack_seeds):
                 self._trial(case, row, defence_seed, attack, each, seed)
 
@@ -104,11 +107,12 @@ class Trials:
             values = propose(searched, results, SEARCH_SEED + index)
             steps = round(values[STEPS] * self.plan.budget)
             tried = setting(attack, values)
-            line = self._trial(
-                case, row, 0, tried, harmful(CASES[case], self.plan.prompts), SEARCH_SEED, purpose="search", steps=steps
-            )
+            line = self._trial(case, row, 0, tried, self._harmful(case), SEARCH_SEED, purpose="search", steps=steps)
             results.append((values, fmean(fmean(s) for s in line["scores"].values()) if line["scores"] else -1.0))
         return setting(attack, max(results, key=lambda pair: pair[1])[0])
+
+    def _harmful(self, case: str) -> Material:
+        return harmful(self.defences.home, CASES[case], self.plan.prompts)
 
     def _trial(
         self,
