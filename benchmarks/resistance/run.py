@@ -66,10 +66,10 @@ def main() -> None:
     jobs: list[tuple[str, str, Attack | None, str]] = []
     for case in args.cases.split(","):
         for row in args.rows.split(";"):
-            jobs.append((case, row, None, "price"))
             jobs += [(case, row, attack, "default") for attack in attacks]
             if not args.quick:
                 jobs += [(case, row, a, "simulated" if spec(a) in SIMULATED else "unseen") for a in others]
+            jobs.append((case, row, None, "price"))
     for case, row, attack, found in jobs[part - 1 :: parts]:
         seeds = range(args.defence_seeds)
         if attack is None:
