@@ -125,12 +125,13 @@ def _sgr(pairs: Sequence[tuple[Line, Line]], originals: Sequence[Line]) -> dict[
 
 
 def _prevented(pairs: Sequence[tuple[Line, Line]]) -> Estimate:
+    # the best point of each course: an attacker whose training begins to overfit stops there
     start, end, other = (
         np.array([[value] for value in column])
         for column in (
             [o["losses"][0] for o, _ in pairs],
-            [o["losses"][-1] for o, _ in pairs],
-            [h["losses"][-1] for _, h in pairs],
+            [min(o["losses"]) for o, _ in pairs],
+            [min(h["losses"]) for _, h in pairs],
         )
     )
     return estimate(lambda s, e, h: (h - e) / np.where(s > e, s - e, np.nan), start, end, other)
