@@ -13,6 +13,7 @@ from test_imma import CPU, attack_named, some_concept
 from torch import Tensor
 
 from imma_cli.attacks.testing import example_concept
+from imma_cli.errors import ImmaError
 from imma_cli.families.model import Model
 from imma_cli.immunizers import checking
 from imma_cli.immunizers.checking import QuickCheck
@@ -165,6 +166,32 @@ def test_a_state_that_went_too_far_is_not_taken_and_no_progress_ends_the_run(
     assert check.exhausted
 
 
+def test_as_long_as_every_state_went_too_far_the_nearest_is_the_best(tiny_model: Model, retention: Retention) -> None:
+    check = QuickCheck(tiny_model, [attack_named("lora")], [example_concept()], retention, CPU, 0)
+    found = []
+    for factor in (1.1, 3):
+        with torch.no_grad():
+            tiny_model.unet.conv_out.weight.mul_(factor)
+        found.append(check.run(len(found), limit=1e-9))
+    near, far = found
+    assert far.drift > near.drift
+    assert check.best is near
+    assert not near.within
+
+
+def test_fewer_cycles_than_attacks_are_refused(tiny_model: Model, retention: Retention) -> None:
+    with pytest.raises(ImmaError, match="2 attacks on concepts cannot all be simulated in 2 steps"):
+        harden(tiny_model, retention, "lora", "dreambooth", steps=2)
+
+
+def test_no_attack_is_left_out_where_episodes_would_be_longer_than_the_run(
+    tiny_model: Model, retention: Retention
+) -> None:
+    names = ["lora", "dora", "ia3", "oft", "loha"]
+    steps = harden(tiny_model, retention, *names, steps=20, shortest=200, longest=300).steps
+    assert {step.attack for step in steps} == set(names)
+
+
 def test_the_best_state_is_what_is_kept(
     tiny_model: Model, retention: Retention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,5 +205,6 @@ def test_the_best_state_is_what_is_kept(
     monkeypatch.setattr(QuickCheck, "_attack", attack)
     result = harden(tiny_model, retention, "lora", steps=40, checks=10)
     assert [check.prevented for check in result.checks] == pytest.approx([0, 0.8, 0, 0])
+    assert result.taken is result.checks[1]
     assert len(result.steps) < 20  # two checks without a better state ended it
     assert all(torch.equal(weight, seen[2][name]) for name, weight in result.weights.items())

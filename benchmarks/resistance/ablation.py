@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ NO_LIMIT = 1e9
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
+    "with checks": {"checks": 5},
     "attackers as given, not drawn": {"vary": False},
     "one attack simulated: lora": {"attacks": ("lora",)},
     "five attacks simulated": {"attacks": (*SIMULATED, "dreambooth", "lokr")},
@@ -73,7 +75,7 @@ class Variants:
         model = self.runtime.apply(open_checkpoint(self.home / "model.safetensors").load())
         if row == UNDEFENDED:
             return model
-        kept = self.work / f"{list(VARIANTS).index(row)}-{seed}.pt"
+        kept = self.work / f"{re.sub('[^a-z0-9]+', '-', row)}-{seed}.pt"
         if not kept.exists():
             began = time.monotonic()
             result = self._harden(model, row, seed)
@@ -92,7 +94,9 @@ class Variants:
             return immunize(model, attacks, [concept], ImmunizerSettings(seed=seed), self.runtime)
         attacks = parse_attacks(changes.pop("attacks", SIMULATED), discover())
         keep = changes.pop("keep", keeps(CASES[CASE]))
-        settings = replace(EpisodesSettings(seed=seed, checks=0), **changes)
+        settings = replace(
+            EpisodesSettings(seed=seed, checks=0), **changes
+        )  # checks choose: apart, they are one more part
         retention = retention_for(model, [concept], settings, self.runtime, keep, quiet=True)
         return immunize_in_episodes(model, attacks, [concept], settings, self.runtime, retention)
 

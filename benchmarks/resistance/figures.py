@@ -161,7 +161,7 @@ def _extreme(
 
 HEAD = (
     *("case", "defence", "worst-case SGR", "by", "least gain prevented", "by", "least delay"),
-    *("benign SGR", "untouched", "s to harden", "MB"),
+    *("benign SGR", "untouched", "s to harden", "MB", "attacks", "defence seeds"),
 )
 
 
@@ -185,6 +185,7 @@ def table(found: Sequence[Figures]) -> str:
             "—" if untouched is None else _number(untouched),
             "—" if each.seconds is None else f"{each.seconds:.0f}",
             "—" if each.peak_bytes is None else f"{each.peak_bytes / 1e6:.0f}",
+            *(str(len(each.harmful)), str(each.defences)),
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"

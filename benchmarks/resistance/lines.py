@@ -29,8 +29,10 @@ class Lines:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.path.exists():
-            for text in self.path.read_text().splitlines():
-                yield json.loads(text)
+            # a line without its end was being written when somebody was killed
+            for text in self.path.read_text().splitlines(keepends=True):
+                if text.endswith("\n"):
+                    yield json.loads(text)
 
     def find(self, **wanted: Any) -> list[dict[str, Any]]:
         return [line for line in self if all(line.get(key) == value for key, value in wanted.items())]

@@ -102,12 +102,13 @@ def harden(
     attacks, concepts, opened = inputs(refusals, checkpoint, config, attack or [], concept, images)
     if outer_learning_rate is not None and not 0 < outer_learning_rate < float("inf"):
         refusals.add(f"--outer-learning-rate must be a positive number, not {outer_learning_rate:g}.")
-    check_methods(refusals, method, erase, attack or [], strength, keep or [])
+    check_methods(refusals, method, erase, attack or [], strength, keep or [], concept)
     if method == "none":
         check_unused(
             refusals,
             {
                 "--images": bool(images),
+                "--draw": draw != 20,
                 "--steps": steps is not None,
                 "--outer-learning-rate": outer_learning_rate is not None,
                 "--batch-size": batch_size != 1,

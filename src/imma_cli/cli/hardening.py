@@ -131,7 +131,7 @@ def retention_for(
     cycles = cycles_of(model, (), (), settings)
     count = pictures or min(sizes.kept_pictures, max(FEWEST_KEPT, cycles // 4))
     prompts = prompts_beside([c.name for c in concepts], vocabulary_of(model), count, settings.seed)
-    prompts = [*list(keep)[:count], *prompts]
+    prompts += list(keep) * max(1, count // 4 // len(keep)) if keep else []
     with course("Drawing what must stay", len(prompts), quiet=quiet) as advance:
         return retain(model, prompts, noisings=sizes.noisings, seed=settings.seed, runtime=runtime, on_picture=advance)
 
@@ -235,10 +235,27 @@ def report(
         "unreached": list(result.unreached),
         "losses": _course_of(result),
         "checks": [asdict(check) for check in result.checks],
+        "taken": None if result.taken is None else result.taken.cycle,
         "steps": [asdict(step) for step in result.steps],
         **({"erasing_distances": erased.distances} if erased else {}),
         "provenance": provenance,
     }
+
+
+def say_checks(result: Immunized) -> None:
+    """The course of the short attacks, which of these states was taken, and whether it is within the limit."""
+    for check in result.checks:
+        got = "" if check.prevented is None else f", {max(0.0, 1 - check.prevented):.0%} of its gain on the original"
+        taken = " [green](taken)[/]" if check is result.taken else ""
+        out.print(
+            f"  after {check.cycle} cycles: a short attack comes to a loss of {check.loss:.4f}{got}; "
+            f"predictions for other prompts moved by {check.drift:.4f}{taken}"
+        )
+    if result.taken and not result.taken.within:
+        out.print(
+            "  [yellow]moved further than --strength allows:[/] look at what it draws for other prompts; a lower "
+            "--outer-learning-rate or more --steps keep more"
+        )
 
 
 def say_done(
@@ -273,11 +290,7 @@ def say_done(
         out.print(
             f"  loss that the immunizer raises, right after the attacker's step: {losses['immunizer_first']:.4f} at first, {losses['immunizer_last']:.4f} at last"
         )
-    for check in result.checks:
-        out.print(
-            f"  after {check.cycle} cycles: a short attack gets {1 - check.prevented:.0%} of what it gets on the original; "
-            f"predictions for other prompts moved by {check.drift:.4f}"
-        )
+    say_checks(result)
     if written.dropped:
         out.print(f"  left out: {len(written.dropped)} copies of the unhardened weights")
     command = ["imma", "verify", str(written.path), "--against", str(checkpoint), "--concept", concepts[0].name]

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 
 def check_methods(
-    refusals: Refusals, method: str, erase: str | None, attack: Sequence[str], strength: str, keep: Sequence[str]
+    refusals: Refusals,
+    method: str,
+    erase: str | None,
+    attack: Sequence[str],
+    strength: str,
+    keep: Sequence[str],
+    concept: Sequence[str],
 ) -> None:
     """Leave in *refusals* what does not go with the methods of hardening and of erasing."""
     if method != "none" and not attack:
@@ -29,6 +35,9 @@ def check_methods(
         refusals.add("--method none without --erase changes nothing.", "Give --erase esd or --erase uce with it.")
     if any(not prompt.strip() for prompt in keep):
         refusals.add("A --keep is empty; the empty prompt is held on to anyway.")
+    for name in concept:
+        if name.strip() and any(name.strip().lower() in prompt.lower() for prompt in keep):
+            refusals.add(f"A --keep names {name!r}, which is what must not stay.")
     if method != "episodes" and strength != "medium":
         refusals.add("--strength belongs to --method episodes.")
     if method != "episodes" and erase != "uce" and keep:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
+from imma_cli.attacks.training import NotFiniteError
 from imma_cli.verification.materials import split
 from imma_cli.verification.trials import run_trial
 
@@ -26,16 +28,25 @@ SEED = 1_000_000
 """Above every seed of the command's, so that no simulated attacker had the check's noise."""
 
 
+NOT_LEARNED = 2.0
+"""The loss that is put down for an attack under which training blows up: far above any that draws something."""
+LEAST_GAIN = 0.01
+"""Share of the loss that the attack must gain on the original for its gain to be a measure of anything."""
+
+
 @dataclass(frozen=True)
 class Check:
     """What short attacks got after *cycle* cycles, on average over the attacks and concepts."""
 
     cycle: int
     loss: float
-    """The denoising loss on pictures that the attackers did not have, at the end."""
-    prevented: float
-    """The share of the gain on the original that the attackers did not get: 0 nothing, 1 all, more: worse than before."""
+    """The denoising loss at the end, on every third picture, which the attackers did not have where there are three."""
+    prevented: float | None
+    """The share of the gain on the original that the attackers did not get: 0 nothing, 1 all, more: worse than before.
+    None: they gain nothing to speak of on the original, as where it draws the concept already."""
     drift: float
+    within: bool
+    """Whether predictions for other prompts have stayed (nearly) within the limit."""
 
 
 class QuickCheck:
@@ -57,15 +68,19 @@ class QuickCheck:
         self.since_best = 0
 
     def run(self, cycle: int, limit: float) -> Check:
-        """Attack the model as it is now; `best` is this check where it is the best so far within the *limit* of drift."""
+        """Attack the model as it is now; `best` is this check where it is the best so far.
+
+        Best is the highest loss within the *limit* of drift; as long as none is within, the least drift.
+        """
         _, loss = self._attack()
         gain = self.start - self.reached
-        prevented = (loss - self.reached) / gain if gain > 0 else 0.0
-        found = Check(cycle, loss, prevented, self.retention.measured_drift(self.model))
-        good = found.drift <= TOO_FAR * limit
-        if good and (self.best is None or found.prevented > self.best.prevented):
+        prevented = (loss - self.reached) / gain if gain > LEAST_GAIN * self.start else None
+        with self.runtime.autocast():
+            drift = self.retention.measured_drift(self.model)
+        found = Check(cycle, loss, prevented, drift, within=drift <= TOO_FAR * limit)
+        if self.best is None or _rank(found) > _rank(self.best):
             self.best, self.since_best = found, 0
-        elif self.best is not None:
+        else:
             self.since_best += 1
         return found
 
@@ -75,9 +90,12 @@ class QuickCheck:
 
     def _attack(self) -> tuple[float, float]:
         """Mean loss before and after the short attacks."""
-        before, after = 0.0, 0.0
-        for attack, concept in self.pairs:
-            pictures, judge = split(concept) if len(concept.images) > 2 else (concept, concept)
+        losses = [self._trial(attack, concept) for attack, concept in self.pairs]
+        return fmean(before for before, _ in losses), fmean(after for _, after in losses)
+
+    def _trial(self, attack: Attack, concept: Concept) -> tuple[float, float]:
+        pictures, judge = split(concept) if len(concept.images) > 2 else (concept, concept)
+        try:
             trial = run_trial(
                 self.model,
                 "check",
@@ -89,6 +107,10 @@ class QuickCheck:
                 runtime=self.runtime,
                 points=[0, STEPS],
             )
-            before += trial.points[0].loss / len(self.pairs)
-            after += trial.points[-1].loss / len(self.pairs)
-        return before, after
+        except NotFiniteError:  # for whoever defends, training that blows up is no reason to stop
+            return NOT_LEARNED, NOT_LEARNED
+        return trial.points[0].loss, trial.points[-1].loss
+
+
+def _rank(check: Check) -> tuple[bool, float]:
+    return check.within, check.loss if check.within else -check.drift

@@ -24,6 +24,7 @@ from imma_cli.attacks.attack import Attack
 from imma_cli.attacks.training import Attacker, NotFiniteError, adamw, trainable
 from imma_cli.concepts.batches import Batch, Latents, TrainingSet, encode
 from imma_cli.concepts.concept import Concept
+from imma_cli.errors import ImmaError
 from imma_cli.families.model import Model
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.checking import Check, QuickCheck
@@ -52,7 +53,8 @@ class EpisodesSettings:
     """Whether the attackers' settings are drawn; otherwise they are as given."""
     shortest: int = 200
     longest: int = 300
-    """How many steps an episode's attacker makes, at least and at most; in a short run no more than a third of it."""
+    """How many steps an episode's attacker makes, at least and at most; no more than lets every attack on every concept
+    have its turn, and a third of the run."""
     margin: float = 2.0
     """The loss beyond which an attacker's is not raised further; about 1 is a prediction that has nothing to do with the target."""
     outer_batch: int = 2
@@ -126,6 +128,11 @@ class Defender:
         with trainable(episode.weights):
             loss = self.runtime.forward(lambda: episode.attack.concept_loss(episode.model, batch))
             _require_finite(loss)
+            if not loss.requires_grad:
+                raise ImmaError(
+                    f"The loss of {episode.attack.name} depends on none of the weights that may change.",
+                    hint="It computes with copies of them. Name another --protect, or leave this attack out.",
+                )
             missing = (self.settings.margin - loss).clamp(min=0)
             harmful = torch.autograd.grad(missing, episode.weights, allow_unused=True)
         drift, kept = self._held()
@@ -177,12 +184,17 @@ def immunize_in_episodes(
 
     Raises:
         NotFiniteError: a loss became NaN or infinite.
-        ImmaError: an attack cannot be attached.
+        ImmaError: an attack cannot be attached, its loss depends on none of the weights, or there are too few steps.
     """
+    cycles = max(1, (settings.steps or defaults_for(model).steps) // 2)
+    if cycles < len(attacks) * len(concepts):
+        raise ImmaError(
+            f"{len(attacks) * len(concepts)} attacks on concepts cannot all be simulated in {2 * cycles} steps.",
+            hint=f"Give --steps {2 * len(attacks) * len(concepts)} at least, and for any effect hundreds.",
+        )
     defender = Defender(model, settings, retention, runtime)
     before = [weight.detach().clone() for weight in defender.weights]
     result = Immunized({})
-    cycles = max(1, (settings.steps or defaults_for(model).steps) // 2)
     best: list[Tensor] | None = None
     try:
         check = QuickCheck(model, attacks, concepts, retention, runtime, settings.seed) if settings.checks else None
@@ -196,6 +208,7 @@ def immunize_in_episodes(
                 on_check(found)
                 if found is check.best:
                     best = [weight.detach().clone() for weight in defender.weights]
+                    result.taken = found
                 if check.exhausted:
                     break
         result.unreached = tuple(n for n, moved in zip(defender.named, defender.moved, strict=True) if not moved)
@@ -219,15 +232,18 @@ def _run(
 ) -> Iterator[Step]:
     """The loop itself: an attacker's step down, a defender's step, until the attacker's episode ends."""
     rng = random.Random(settings.seed)
+    pairs = [(a, c) for a in attacks for c in concepts]
     latents = {concept.name: encode(model, concept.images) for concept in concepts}
     cycle = 0
     while cycle < cycles:
         # every attack on every concept once, in another order each time
-        for attack, concept in _shuffled([(a, c) for a in attacks for c in concepts], rng):
-            length = _length(settings, cycles, rng)
+        for attack, concept in rng.sample(pairs, len(pairs)):
+            length = min(_length(settings, cycles, len(pairs), rng), cycles - cycle)
+            if not length:
+                return
             with _episode(model, attack, concept, latents[concept.name], length, settings, defender, rng) as episode:
                 batches = iter(episode.batches)
-                for _ in range(min(length, cycles - cycle)):
+                for _ in range(length):
                     cycle += 1
                     inner = episode.attacker_step(next(batches), runtime)
                     loss, drift = defender.step(episode, (cycle - 1) / cycles)
@@ -250,7 +266,8 @@ def _episode(
     chosen = concept.sample(attack.settings.pictures, seed)
     rows = [i for i, image in enumerate(concept.images) if any(image is other for other in chosen.images)]
     apart = attack.in_place
-    attacked = model.sharing(private=list(model.unet.parameters()) if apart else ())
+    own = [p for network in model.networks.values() for p in network.parameters()] if apart else []
+    attacked = model.sharing(private=own)
     of_copy = dict(attacked.unet.named_parameters())
     weights = [of_copy[name] for name in defender.named]
     with attack.attach(attacked, chosen, seed) as parameters:
@@ -272,8 +289,8 @@ def _episode(
         )
 
 
-def _length(settings: EpisodesSettings, cycles: int, rng: random.Random) -> int:
-    longest = min(settings.longest, max(1, cycles // 3))
+def _length(settings: EpisodesSettings, cycles: int, pairs: int, rng: random.Random) -> int:
+    longest = min(settings.longest, max(1, cycles // max(3, pairs)))
     shortest = min(settings.shortest, longest)
     return round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))
 
@@ -296,7 +313,3 @@ def _require_finite(loss: Tensor) -> None:
             f"The loss became {float(loss.detach())}.",
             hint="Nothing was written. Lower the learning rates (--outer-learning-rate, --attack NAME:learning_rate=...).",
         )
-
-
-def _shuffled(pairs: list[tuple[Attack, Concept]], rng: random.Random) -> list[tuple[Attack, Concept]]:
-    return rng.sample(pairs, len(pairs))

@@ -64,6 +64,8 @@ class Immunized:
     steps: list[Step] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     """What short attacks on copies got along the way, where the method runs them."""
+    taken: Check | None = None
+    """The check whose state the weights are; None: they are as at the end."""
     unreached: tuple[str, ...] = ()
     """Weights of S_u that no attack's loss depended on, as the attacks computed with copies of them: they did not move."""
 

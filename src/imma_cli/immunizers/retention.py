@@ -45,7 +45,7 @@ def prompts_beside(concepts: Sequence[str], vocabulary: Sequence[str], count: in
     """*count* prompts of which none has a word of the names in *concepts*."""
     rng = random.Random(seed)
     forbidden = set(re.findall(r"\w+", " ".join(concepts).lower()))
-    nouns = [noun for noun in NOUNS if noun not in forbidden]
+    nouns = [noun for noun in NOUNS if noun not in forbidden] or ["thing"]
     words = [word for word in vocabulary if word not in forbidden] or nouns
     forms: list[Callable[[], str]] = [
         lambda: f"a {rng.choice(nouns)}",
@@ -78,7 +78,7 @@ class Retention:
     unprompted: Tensor  # bool [M]
     predicted: Tensor  # [M, C, h, w]
     held_out: int
-    """The last so many of the M are never trained on: they tell how far the model has drifted."""
+    """The last so many of the M, one noising of every picture, are never trained on: they tell how far the model has drifted."""
 
     def drift(self, model: Model, count: int, generator: torch.Generator) -> Tensor:
         """Mean squared difference of *model*'s predictions from the original's, over *count* drawn ones: a scalar.
@@ -91,7 +91,8 @@ class Retention:
     def measured_drift(self, model: Model) -> float:
         """The same over what was held out."""
         rows = torch.arange(len(self.noise) - self.held_out, len(self.noise))
-        return float(torch.stack([self._difference(model, part) for part in torch.split(rows, AT_ONCE)]).mean())
+        parts = [(self._difference(model, part), len(part)) for part in torch.split(rows, AT_ONCE)]
+        return sum(float(difference) * count for difference, count in parts) / self.held_out
 
     def _difference(self, model: Model, rows: Tensor) -> Tensor:
         predicted = model.family.predict(model, *self._inputs(rows))
@@ -133,7 +134,7 @@ def retain(
         torch.randint(model.family.training_timesteps(model), (count,), generator=generator).to(latents.device),
         (torch.rand(count, generator=generator) < EMPTY_PROMPT).to(latents.device),
         torch.empty(count, *latents.shape[1:], device=latents.device),
-        held_out=min(64, count // 4),
+        held_out=max(1, min(len(prompts), count // 4)),
     )
     for rows in torch.split(torch.arange(count), AT_ONCE):
         with runtime.autocast():
