@@ -22,8 +22,8 @@ from imma_cli.immunizers.imma import Immunized
 from imma_cli.immunizers.retention import NOUNS, Retention, prompts_beside, retain, vocabulary_of
 from imma_cli.immunizers.simulated import draw_attacker
 
-ATTACKS = ("lora", "full-finetune", "textual-inversion", "text-encoder-lora", "custom-diffusion")
-SHORT = EpisodesSettings(steps=12, shortest=2, longest=3, checks=0)
+ATTACKS = ("lora", "full-finetune", "textual-inversion", "text-encoder-lora", "custom-diffusion:prior_images=1")
+SHORT = EpisodesSettings(steps=8, shortest=2, longest=3, checks=0)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_predictions_for_other_prompts_are_held(tiny_model: Model, retention: Re
 
     def drift(strength: Any) -> float:
         result = harden(
-            tiny_model, retention, "lora", steps=60, strength=strength, outer_learning_rate=5e-3, margin=100.0
+            tiny_model, retention, "lora", steps=40, strength=strength, outer_learning_rate=5e-3, margin=100.0
         )
         other = copy.deepcopy(tiny_model)
         other.unet.load_state_dict({**tiny_model.unet.state_dict(), **result.weights})
