@@ -46,6 +46,15 @@ def adamw(
     )
 
 
+def require_finite(loss: Tensor) -> None:
+    """Raises NotFiniteError where *loss* is NaN or infinite."""
+    if not torch.isfinite(loss.detach()):
+        raise NotFiniteError(
+            f"The loss became {float(loss.detach())}.",
+            hint="Nothing was written. Lower the learning rates (--outer-learning-rate, --attack NAME:learning_rate=...).",
+        )
+
+
 def gradient_step(
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[nn.Parameter],
@@ -61,11 +70,7 @@ def gradient_step(
     with trainable(parameters):
         loss = loss_of()
         value = float(loss.detach())
-        if not torch.isfinite(loss.detach()):
-            raise NotFiniteError(
-                f"The loss became {value}.",
-                hint="Nothing was written. Lower the learning rates (--outer-learning-rate, --attack NAME:learning_rate=...).",
-            )
+        require_finite(loss)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None]
         if all(g is None for g in gradients):
             raise ImmaError(

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from imma_cli.cli import erasing, hardening
+from imma_cli.cli import erasing, hardened, hardening
 from imma_cli.cli.console import Refusals, err, print_json
 from imma_cli.cli.inputs import beside, check_methods, check_unused, inputs
 from imma_cli.cli.progress import waiting
@@ -151,13 +151,13 @@ def harden(
     if erasing_settings:
         erased = erasing.carry_out(model, concept, erasing_settings, runtime, keep or (), quiet=json)
     result = hardening.carry_out(model, attacks, concepts, settings, runtime, keep or (), quiet=json)
-    changes = hardening.Changes.of(model, erased, result)
+    changes = hardened.Changes.of(model, erased, result)
     with waiting("Writing", quiet=json):
-        provenance = hardening.provenance(
+        provenance = hardened.provenance(
             opened, attacks, concepts, settings, runtime, model, keep or (), seed, erasing_settings
         )
         written = opened.write(target, changes.by_part(), provenance, force=force)
     if json:
-        print_json(hardening.report(written, changes, result, provenance, erased))
+        print_json(hardened.report(written, changes, result, provenance, erased))
     else:
-        hardening.say_done(written, changes, result, checkpoint, attacks, concepts, erased)
+        hardened.say_done(written, changes, result, checkpoint, attacks, concepts, erased)

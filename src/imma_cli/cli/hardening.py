@@ -1,31 +1,19 @@
-"""How `imma harden` goes about it, and what it records and says: the course, the provenance, the result."""
+"""How `imma harden` goes about it: settings, drawings, and a bar for each thing that takes its time."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from rich.markup import escape
-
-from imma_cli.cli.console import out
-from imma_cli.cli.erasing import say as say_erased
 from imma_cli.cli.progress import course
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from imma_cli.attacks.attack import Attack
-    from imma_cli.checkpoints import Checkpoint, WriteReport
-    from imma_cli.cli.erasing import Erased
     from imma_cli.concepts.concept import Concept
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
     from imma_cli.immunizers.episodes import EpisodesSettings, Strength
-    from imma_cli.immunizers.erasing import Settings as ErasingSettings
     from imma_cli.immunizers.imma import Immunized, ImmunizerSettings, Step
     from imma_cli.immunizers.retention import Retention
     from imma_cli.immunizers.scope import Protect
@@ -138,178 +126,3 @@ def retention_for(
 
 def _curves(step: Step) -> dict[str, float | None]:
     return {"attacker_loss": step.inner_loss, "immunizer_loss": step.outer_loss, "drift": step.drift}
-
-
-def provenance(
-    opened: Checkpoint,
-    attacks: list[Attack],
-    concepts: list[Concept],
-    settings: HardeningSettings | None,
-    runtime: Runtime,
-    model: Model,
-    keep: Sequence[str],
-    seed: int,
-    erasing_settings: ErasingSettings | None,
-) -> dict[str, Any]:
-    """What was done, to whom and with what. Without times and paths: the same input gives the same file."""
-    from dataclasses import asdict
-
-    from imma_cli import __version__
-    from imma_cli.attacks.settings import record
-    from imma_cli.concepts.concept import hashed
-    from imma_cli.immunizers.episodes import EpisodesSettings
-
-    own = {"method": "none", "seed": seed} if settings is None else asdict(settings)
-    held = {"keep": list(keep)} if keep or isinstance(settings, EpisodesSettings) else {}
-    return {
-        "tool": "imma",
-        "version": __version__,
-        "input_sha256": opened.sha256,
-        "concepts": [
-            {"name": c.name, "images": c.origin, "sha256": list(c.hashes), "captions_sha256": hashed(c.captions)}
-            for c in concepts
-        ],
-        "attacks": [record(a) | {"rates": asdict(a.rates(model))} for a in attacks],
-        "settings": {"method": "episodes"} | held | own,
-        "runtime": asdict(runtime),
-        **({"erase": asdict(erasing_settings)} if erasing_settings else {}),
-    }
-
-
-@dataclass(frozen=True)
-class Changes:
-    """What erasing and hardening changed together, by state-dict name of the UNet."""
-
-    before: dict[str, Tensor]
-    after: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, model: Model, erased: Erased | None, result: Immunized) -> Changes:
-        """*model* holds the weights that hardening began with: the erased ones where there was erasing."""
-        began = dict(model.unet.named_parameters())
-        before = {name: began[name].detach() for name in result.weights}
-        if erased is None:
-            return cls(before, result.weights)
-        # what was erased and not hardened is written too; what was both counts from the original
-        return cls(before | erased.before, erased.after | result.weights)
-
-    def by_part(self) -> dict[str, Tensor]:
-        """As `Checkpoint.write` takes them."""
-        return {f"unet.{name}": weight.cpu() for name, weight in self.after.items()}
-
-    @property
-    def relative(self) -> float:
-        """Length of the change over the changed weights' own length."""
-        moved = sum(float((new - self.before[name]).square().sum()) for name, new in self.after.items())
-        whole = sum(float(old.square().sum()) for old in self.before.values())
-        return float((moved / whole) ** 0.5)
-
-
-def _course_of(result: Immunized) -> dict[str, float | None]:
-    """Mean losses of both players over the first and the last tenth."""
-    tenth = max(1, len(result.steps) // 10)  # no steps, no means
-
-    def mean(values: list[float | None]) -> float | None:
-        known = [v for v in values if v is not None]
-        return sum(known) / len(known) if known else None
-
-    return {
-        "attacker_first": mean([s.inner_loss for s in result.steps[:tenth]]),
-        "attacker_last": mean([s.inner_loss for s in result.steps[-tenth:]]),
-        "immunizer_first": mean([s.outer_loss for s in result.steps[:tenth]]),
-        "immunizer_last": mean([s.outer_loss for s in result.steps[-tenth:]]),
-    }
-
-
-def report(
-    written: WriteReport, changes: Changes, result: Immunized, provenance: dict[str, Any], erased: Erased | None
-) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {
-        "output": str(written.path),
-        "changed_tensors": written.tensors,
-        "changed_parameters": written.parameters,
-        "relative_change": changes.relative,
-        "dropped": list(written.dropped),
-        "unreached": list(result.unreached),
-        "losses": _course_of(result),
-        "checks": [asdict(check) for check in result.checks],
-        "taken": None if result.taken is None else result.taken.cycle,
-        "steps": [asdict(step) for step in result.steps],
-        **({"erasing_distances": erased.distances} if erased else {}),
-        "provenance": provenance,
-    }
-
-
-def say_checks(result: Immunized) -> None:
-    """The course of the short attacks, which of these states was taken, and whether it is within the limit."""
-    for check in result.checks:
-        got = "" if check.prevented is None else f", {max(0.0, 1 - check.prevented):.0%} of its gain on the original"
-        taken = " [green](taken)[/]" if check is result.taken else ""
-        out.print(
-            f"  after {check.cycle} cycles: a short attack comes to a loss of {check.loss:.4f}{got}; "
-            f"predictions for other prompts moved by {check.drift:.4f}{taken}"
-        )
-    if result.taken and not result.taken.within:
-        out.print(
-            "  [yellow]moved further than --strength allows:[/] look at what it draws for other prompts; a lower "
-            "--outer-learning-rate or more --steps keep more"
-        )
-
-
-def say_done(
-    written: WriteReport,
-    changes: Changes,
-    result: Immunized,
-    checkpoint: Path,
-    attacks: list[Attack],
-    concepts: list[Concept],
-    erased: Erased | None,
-) -> None:
-    from imma_cli.attacks.settings import spec
-
-    losses = _course_of(result)
-    out.print(f"[bold green]Wrote[/] {escape(str(written.path))}")
-    out.print(
-        f"  changed: {written.tensors} tensors, {written.parameters:,} values, "
-        f"by {changes.relative:.1%} of their length; every other weight is identical, byte for byte"
-    )
-    if erased:
-        say_erased(erased)
-    if result.unreached:
-        out.print(
-            f"  [yellow]not hardened:[/] {len(result.unreached)} of {len(result.weights)} protected tensors, "
-            "which no attack's loss depends on: the attack computes with copies of them"
-        )
-    if losses["attacker_first"] is not None:
-        out.print(
-            f"  simulated attacker's loss: {losses['attacker_first']:.4f} at first, {losses['attacker_last']:.4f} at last"
-        )
-    if losses["immunizer_first"] is not None:
-        out.print(
-            f"  loss that the immunizer raises, right after the attacker's step: {losses['immunizer_first']:.4f} at first, {losses['immunizer_last']:.4f} at last"
-        )
-    say_checks(result)
-    if written.dropped:
-        out.print(f"  left out: {len(written.dropped)} copies of the unhardened weights")
-    command = ["imma", "verify", str(written.path), "--against", str(checkpoint), "--concept", concepts[0].name]
-    command += [
-        "--images",
-        "FOLDER",
-        *(part for each in [spec(a) for a in attacks] or ["NAME"] for part in ("--attack", each)),
-    ]
-    if attacks:
-        out.print(
-            "\nA simulated attacker is not a real one. To see what a real one still gets, with pictures not used here:"
-        )
-    else:
-        out.print("\nErased is not gone: fine-tuning can bring it back. To see how fast, with pictures not used here:")
-    out.print("  " + shlex.join(command), markup=False)
-    if erased and attacks:
-        out.print("  What hardening adds to erasing: --against the erased model alone, as --method none writes it")
-    if len(concepts) > 1:
-        out.print(f"  and the same for the other {len(concepts) - 1} concepts")
-    out.print(
-        f"Who has the {'unhardened' if attacks else 'original'} checkpoint can simply fine-tune that one: do not publish both."
-    )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from imma_cli.attacks.attack import Attack
-from imma_cli.attacks.training import Attacker, NotFiniteError, adamw, trainable
+from imma_cli.attacks.training import Attacker, adamw, require_finite, trainable
 from imma_cli.concepts.batches import Batch, Latents, TrainingSet, encode
 from imma_cli.concepts.concept import Concept
 from imma_cli.errors import ImmaError
@@ -127,7 +127,7 @@ class Defender:
         batch = _outer_batch(episode.batches, self.settings.outer_batch)
         with trainable(episode.weights):
             loss = self.runtime.forward(lambda: episode.attack.concept_loss(episode.model, batch))
-            _require_finite(loss)
+            require_finite(loss)
             if not loss.requires_grad:
                 raise ImmaError(
                     f"The loss of {episode.attack.name} depends on none of the weights that may change.",
@@ -148,15 +148,16 @@ class Defender:
             drift = self.runtime.forward(
                 lambda: self.retention.drift(self.model, self.settings.keep_batch, self.generator)
             )
-            _require_finite(drift)
+            require_finite(drift)
             return float(drift.detach()), torch.autograd.grad(drift, self.weights, allow_unused=True)
 
     @torch.no_grad()
     def _descend(self, harmful: Sequence[Tensor | None], kept: Sequence[Tensor | None], episode: Episode) -> None:
         before = [w.clone() for w in self.weights] if episode.apart else []
         for i, (weight, up, hold) in enumerate(zip(self.weights, harmful, kept, strict=True)):
-            parts = [g for g in (up, None if hold is None else self.multiplier * hold) if g is not None]
-            weight.grad = torch.stack(parts).sum(0) if parts else None
+            weight.grad = up
+            if hold is not None:
+                weight.grad = self.multiplier * hold if up is None else up + self.multiplier * hold
             self.moved[i] |= up is not None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -305,11 +306,3 @@ def _clipped(gradients: Sequence[Tensor | None], norm: float = 1.0) -> list[Tens
     length = torch.sqrt(sum((g.square().sum() for g in gradients if g is not None), torch.zeros(())))
     scale = norm / max(norm, float(length) + 1e-12)
     return [None if g is None else g * scale for g in gradients]
-
-
-def _require_finite(loss: Tensor) -> None:
-    if not torch.isfinite(loss.detach()):
-        raise NotFiniteError(
-            f"The loss became {float(loss.detach())}.",
-            hint="Nothing was written. Lower the learning rates (--outer-learning-rate, --attack NAME:learning_rate=...).",
-        )
