@@ -162,7 +162,7 @@ def test_an_attack_is_shown_with_all_that_it_states(install: Install, imma) -> N
     (mine,) = (a for a in json.loads(out)["attacks"] if a["name"] == "mine")
     assert mine == {
         "name": "mine", "summary": "an attack", "trains": "a number", "paper": "arXiv 0000.00000", "families": ["sd1"],
-        "distribution": "imma-attack-mine", "version": "1.2", "plugin": "the-entry",
+        "distribution": "imma-attack-mine", "version": "1.2", "plugin": "the-entry", "simulated": False,
     }  # fmt: skip
     code, out, _ = imma("attacks", "mine", "--json")
     shown = json.loads(out)

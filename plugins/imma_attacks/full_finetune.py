@@ -26,6 +26,7 @@ class FullFinetune(CaptionedAttack):
     Settings = CaptionSettings
     settings: CaptionSettings
     in_place = True
+    simulated = True
     search: ClassVar = CAPTION_SEARCH
     presets: ClassVar = {
         "paper": Preset(learning_rate=1e-5, outer_learning_rate=1e-5, steps=1000),

@@ -31,6 +31,7 @@ class Lora(CaptionedAttack):
     trains = "LoRA matrices beside layers of the UNet"
     paper = "arXiv 2106.09685"
     Settings = LoraSettings
+    simulated = True
     settings: LoraSettings
     search: ClassVar = {**CAPTION_SEARCH, **MATRIX_SEARCH}
     presets: ClassVar = {

@@ -112,6 +112,7 @@ class LoHa(RankAttack):
     summary = "LoHa: a Hadamard product of two low-rank matrices (FedPara)"
     trains = "LoHa matrices beside layers of the UNet"
     paper = "arXiv 2108.06098"
+    simulated = True
     presets: ClassVar = rates(paper=1e-4, small=3e-3)
 
     def config(self, seed: int) -> Any:

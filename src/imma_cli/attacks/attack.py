@@ -109,6 +109,8 @@ class Attack(Plugin):
     """Which settings an attacker would tune, and over what: by the settings' names."""
     trains_text: ClassVar[bool] = False
     """Whether what the prompts are encoded to changes while the attack trains, so that it cannot be computed once."""
+    simulated: ClassVar[bool] = False
+    """Whether hardening simulates it where the user names no attack. Not inherited: each class states it of itself."""
     in_place: ClassVar[bool] = False
     """Whether the parameters are the model's own weights instead of additional ones."""
     settings: AttackSettings

@@ -130,6 +130,11 @@ class Registry(Generic[P]):
         )
 
 
+def simulated(registry: Registry[Attack]) -> list[str]:
+    """The names of the attacks that hardening simulates where the user names none."""
+    return sorted(name for name, found in registry.found.items() if vars(found.cls).get("simulated"))
+
+
 def discover(plugins: Iterable[EntryPoint] | None = None) -> Registry[Attack]:
     """The attacks of every entry point in the group ``imma`` (or of *plugins*)."""
     return discover_kind(ATTACKS, plugins)

@@ -18,6 +18,8 @@ class Plugin(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     Settings: ClassVar[type[PluginSettings]] = PluginSettings
+    given: frozenset[str] = frozenset()
+    """The settings that the user typed, whether or not to their defaults: nothing is to vary these."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

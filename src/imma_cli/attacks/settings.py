@@ -62,7 +62,9 @@ def parse(
         reasons += wrong
         if not wrong:
             try:
-                plugins.append(cls(cls.Settings(**values)))
+                plugin = cls(cls.Settings(**values))
+                plugin.given = frozenset(values)
+                plugins.append(plugin)
             except (ValueError, TypeError) as error:
                 reasons.append(f"{cls.name}: {error}")
     specs_seen = [(p.name, p.settings) for p in plugins]

@@ -55,12 +55,14 @@ def attacks(
 def _facts(attack: type[Attack], *, shown: bool = False) -> dict[str, Any]:
     """What the listing says of an attack; *shown* to people, or as JSON, where no families means every family."""
     if shown:
-        return {"summary": f"{attack.summary}\ntrains {attack.trains or '?'}", "families": _families(attack)}
+        default = "; hardened against by default" if vars(attack).get("simulated") else ""
+        return {"summary": f"{attack.summary}\ntrains {attack.trains or '?'}{default}", "families": _families(attack)}
     return {
         "summary": attack.summary,
         "trains": attack.trains,
         "paper": attack.paper,
         "families": attack.families,
+        "simulated": bool(vars(attack).get("simulated")),
     }
 
 
