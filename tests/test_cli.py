@@ -54,7 +54,7 @@ def test_the_same_seed_gives_the_same_file(imma, tiny_checkpoint, tiny_config, p
     for target, seed in zip(targets, (1, 1, 2), strict=True):
         code, _, err = imma(
             "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue style", "--images", pictures,
-            "--attack", "lora", "--steps", 4, "--output", target, "--seed", seed,
+            "--attack", "lora", "--steps", 6, "--output", target, "--seed", seed,
         )  # fmt: skip
         assert code == 0, err
     first, again, other = (target.read_bytes() for target in targets)
@@ -62,10 +62,28 @@ def test_the_same_seed_gives_the_same_file(imma, tiny_checkpoint, tiny_config, p
     assert first != other
 
 
+def test_where_nobody_names_an_attack_strong_ones_are_simulated(
+    imma, tiny_checkpoint, tiny_config, pictures, tmp_path
+) -> None:
+    code, out, err = imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue style", "--images", pictures, "--steps", 18,
+        "--output", tmp_path / "hard.safetensors", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    report = json.loads(out)
+    marked = {a["name"] for a in json.loads(imma("attacks", "--json")[1])["attacks"] if a["simulated"]}
+    record = report["provenance"]
+    assert {a["name"] for a in record["attacks"]} == marked == {step["attack"] for step in report["steps"]}
+    assert len(marked) > 1
+    assert record["settings"]["method"] == "episodes"
+    assert record["simulated_steps"] == record["settings"]["inner_steps"] * 6 / len(marked)
+    assert len(report["steps"]) == 6
+
+
 def test_without_pictures_the_model_draws_them(imma, tiny_checkpoint, tiny_config, tmp_path) -> None:
     target = tmp_path / "hard.safetensors"
     code, out, err = imma(
-        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue style", "--draw", 2, "--steps", 2, "--attack", "lora",
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue style", "--draw", 2, "--steps", 3, "--attack", "lora",
         "--output", target, "--json",
     )  # fmt: skip
     assert code == 0, err
@@ -101,7 +119,7 @@ def test_an_existing_output_needs_force(imma, tiny_checkpoint, tiny_config, pict
     target = tmp_path / "hard.safetensors"
     target.write_bytes(b"mine")
     arguments = (
-        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--attack", "lora", "--images", pictures, "--steps", 2, "--output", target,
+        "harden", tiny_checkpoint, "--config", tiny_config, "--method", "imma", "--concept", "x", "--attack", "lora", "--images", pictures, "--steps", 2, "--output", target,
     )  # fmt: skip
     assert imma(*arguments)[0] == 2
     assert target.read_bytes() == b"mine"
@@ -138,6 +156,8 @@ def test_a_diffusers_folder_is_hardened_into_a_folder(imma, tiny_folder, picture
     code, _, err = imma(
         "harden",
         tiny_folder,
+        "--method",
+        "imma",
         "--concept",
         "x",
         "--attack",
@@ -172,7 +192,7 @@ def test_attacks_are_listed_and_explained(imma) -> None:
 def test_ctrl_c_leaves_everything_as_it_was(tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
     before = tiny_checkpoint.read_bytes()
     command = [
-        sys.executable, "-m", "imma_cli", "harden", str(tiny_checkpoint), "--config", str(tiny_config), "--concept", "x", "--attack", "lora",
+        sys.executable, "-m", "imma_cli", "harden", "--method", "imma", str(tiny_checkpoint), "--config", str(tiny_config), "--concept", "x", "--attack", "lora",
         "--images", str(pictures), "--steps", "1000000", "--output", str(tmp_path / "hard.safetensors"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -12,18 +12,23 @@ import torch
 from test_imma import CPU, attack_named, some_concept
 from torch import Tensor
 
+from imma_cli.attacks.attack import Attack
 from imma_cli.attacks.testing import example_concept
+from imma_cli.attacks.training import Attacker, NotFiniteError
+from imma_cli.concepts.batches import Batch, TrainingSet, conditioning_of, encode
 from imma_cli.errors import ImmaError
 from imma_cli.families.model import Model
 from imma_cli.immunizers import checking
 from imma_cli.immunizers.checking import QuickCheck
-from imma_cli.immunizers.episodes import DRIFT, EpisodesSettings, immunize_in_episodes
+from imma_cli.immunizers.episodes import immunize_in_episodes
 from imma_cli.immunizers.imma import Immunized
+from imma_cli.immunizers.objectives import Objective
 from imma_cli.immunizers.retention import NOUNS, Retention, prompts_beside, retain, vocabulary_of
+from imma_cli.immunizers.settings import DRIFT, EpisodesSettings
 from imma_cli.immunizers.simulated import draw_attacker
 
 ATTACKS = ("lora", "full-finetune", "textual-inversion", "text-encoder-lora", "custom-diffusion:prior_images=1")
-SHORT = EpisodesSettings(steps=8, shortest=2, longest=3, checks=0)
+SHORT = EpisodesSettings(steps=8, inner_steps=1, shortest=2, longest=3, checks=0)
 
 
 @pytest.fixture
@@ -203,8 +208,101 @@ def test_the_best_state_is_what_is_kept(
         return 1.0, {3: 0.9}.get(len(seen), 0.5)
 
     monkeypatch.setattr(QuickCheck, "_attack", attack)
+    monkeypatch.setattr("imma_cli.immunizers.settings.STEPS", 1)  # a run this short is not checked otherwise
     result = harden(tiny_model, retention, "lora", steps=40, checks=10)
     assert [check.prevented for check in result.checks] == pytest.approx([0, 0.8, 0, 0])
     assert result.taken is result.checks[1]
     assert len(result.steps) < 20  # two checks without a better state ended it
     assert all(torch.equal(weight, seen[2][name]) for name, weight in result.weights.items())
+
+
+def test_a_setting_that_was_typed_is_not_drawn_even_where_it_is_the_default(tiny_model: Model) -> None:
+    attack = attack_named("lora:schedule=constant")
+    drawn = [draw_attacker(attack, tiny_model, random.Random(seed)).settings for seed in range(20)]
+    assert {each.schedule for each in drawn} == {"constant"}
+    assert len({each.captions for each in drawn}) > 1
+
+
+def test_attackers_whose_training_blows_up_are_replaced(
+    tiny_model: Model, retention: Retention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    step = Attacker.step
+
+    def blowing_up(self: Attacker, loss_of: Any) -> float:
+        calls.append(self)
+        if len(calls) in failing:
+            raise NotFiniteError("The loss became nan.")
+        return step(self, loss_of)
+
+    monkeypatch.setattr(Attacker, "step", blowing_up)
+    failing: Any = (2, 5)
+    assert len(harden(tiny_model, retention, "lora", steps=16).steps) == 8
+    calls.clear()
+    failing = range(3, 99)
+    with pytest.raises(NotFiniteError):
+        harden(tiny_model, retention, "lora")
+    calls.clear()
+    failing = (2,)
+    with pytest.raises(NotFiniteError):  # an attacker as the user set it is what the user wants to hear of
+        harden(tiny_model, retention, "lora", vary=False)
+
+
+def objective(model: Model, aim: Any, margin: float) -> Objective:
+    return Objective(aim, margin, model, list(model.unet.parameters()), CPU)
+
+
+def a_batch(model: Model, attack: Attack) -> Batch:
+    concept = some_concept()
+    return TrainingSet(model, attack, concept, encode(model, concept.images), seed=0).batch([0, 1, 2])
+
+
+def test_relative_asks_for_nothing_where_the_attacker_gained_nothing(tiny_model: Model) -> None:
+    """And for as much as it gained where it gained something; then the original stays what it was."""
+    attack = attack_named("full-finetune")
+    relative, batch = objective(tiny_model, "relative", 1.0), a_batch(tiny_model, attack)
+    aim, loss = relative(attack, tiny_model, batch)
+    assert float(aim) == 0
+    with torch.no_grad():
+        tiny_model.unet.conv_out.weight.mul_(0.9)
+    aim, other = relative(attack, tiny_model, batch)
+    assert float(aim) == pytest.approx(max(0.0, float(loss - other)))
+    twice, _ = objective(tiny_model, "relative", 2.0)(attack, tiny_model, batch)
+    assert float(twice) == pytest.approx(float(other))
+
+
+def test_absolute_and_original_are_what_they_say(tiny_model: Model) -> None:
+    attack = attack_named("full-finetune")
+    batch = a_batch(tiny_model, attack)
+    away, loss = objective(tiny_model, "absolute", 5.0)(attack, tiny_model, batch)
+    assert float(away) == pytest.approx(5 - float(loss))
+    steered = objective(tiny_model, "original", 0.0)
+    unprompted = replace(batch, conditioning=conditioning_of(tiny_model, [""] * 3))
+    assert float(steered(attack, tiny_model, unprompted)[0]) < 1e-10
+    assert float(steered(attack, tiny_model, batch)[0]) > 1e-10
+
+
+def test_what_is_held_is_what_guidance_makes_of_both_predictions(tiny_model: Model, retention: Retention) -> None:
+    """A shift of both alike counts once; with the prompts alone it is multiplied by guidance."""
+    scale = retention.guidance[:, None, None, None]
+    weight = scale.square() + (scale - 1).square()
+    rows = torch.arange(len(retention.noise))
+
+    def drift(with_prompt: float, without: float) -> float:
+        shift = torch.tensor([with_prompt, without])[:, None, None, None, None]
+        shifted = replace(retention, predicted=retention.predicted + shift)
+        return float(shifted._difference(tiny_model, rows))
+
+    assert drift(0.1, 0.1) == pytest.approx(float((0.01 / weight).mean()), rel=1e-3)
+    assert drift(0.1, 0.0) == pytest.approx(float((0.01 * scale.square() / weight).mean()), rel=1e-3)
+    assert retention.guidance.min() >= 1
+    assert retention.guidance.max() <= 7
+
+
+def test_checking_stays_cheap(tiny_model: Model, retention: Retention) -> None:
+    attacks = [attack_named(name) for name in ("lora", "dora", "ia3", "oft")]
+    check = QuickCheck(tiny_model, attacks, [example_concept()], retention, CPU, 0, steps=1)
+    assert len(check.pairs) == checking.PAIRS
+    assert SHORT.checks_in(1000) == 0
+    assert EpisodesSettings().checks_in(1000) == 5
+    assert EpisodesSettings().checks_in(checking.STEPS - 1) == 0

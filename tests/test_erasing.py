@@ -200,7 +200,7 @@ def test_erasing_alone_writes_what_was_erased(harden, imma, tmp_path, tiny_confi
 
 def test_both_changes_are_written_and_hardening_begins_with_the_erased_model(harden, pictures) -> None:
     """ESD changes all of cross-attention, hardening its keys and values alone."""
-    arguments = ("--attack", "lora", "--images", pictures, "--steps", 2, "--protect", "kv")
+    arguments = ("--method", "imma", "--attack", "lora", "--images", pictures, "--steps", 2, "--protect", "kv")
     hardening = (*arguments, "--outer-learning-rate", 1e-2)
     erased_alone, _ = harden("--method", "none", "--erase", "esd", name="erased")
     hardened_alone, plain = harden(*hardening, name="hardened")
@@ -214,7 +214,7 @@ def test_both_changes_are_written_and_hardening_begins_with_the_erased_model(har
 
 
 def test_pictures_are_drawn_before_erasing(harden) -> None:
-    arguments = ("--attack", "lora", "--draw", 2, "--steps", 2)
+    arguments = ("--attack", "lora", "--draw", 2, "--steps", 3)
     _, plain = harden(*arguments, name="plain")
     _, record = harden(*arguments, "--erase", "uce", "--keep", "a red tree", name="both")
     assert record["concepts"] == plain["concepts"]
@@ -239,7 +239,9 @@ def test_the_report_and_the_words_say_what_was_erased(imma, tiny_checkpoint, tin
 
 
 @pytest.mark.parametrize("method", ["uce", "esd"])
-@pytest.mark.parametrize("hardening", [("--method", "none"), ("--attack", "lora", "--protect", "kv")])
+@pytest.mark.parametrize(
+    "hardening", [("--method", "none"), ("--method", "imma", "--attack", "lora", "--protect", "kv")]
+)
 def test_a_dry_run_counts_both(imma, tiny_checkpoint, tiny_config, harden, tmp_path, method, hardening) -> None:
     code, out, err = imma(
         "harden", tiny_checkpoint, "--config", tiny_config, "--concept", NAME, "--erase", method, *hardening, "--dry-run",
@@ -261,9 +263,10 @@ def test_what_does_not_go_together_is_refused_at_once(imma, tiny_checkpoint, tin
         assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
         return " ".join(err.split())
 
-    assert "There is no --attack" in refused()
-    assert "There is no --attack" in refused("--erase", "esd")
-    assert "--keep belongs to" in refused("--attack", "lora", "--erase", "esd", "--keep", "a cat")
+    assert "There is no --attack" in refused("--method", "imma")
+    assert "There is no --attack" in refused("--method", "maximize", "--erase", "esd")
+    published = ("--method", "imma", "--attack", "lora")
+    assert "--keep belongs to" in refused(*published, "--erase", "esd", "--keep", "a cat")
     assert "esdd" in refused("--attack", "lora", "--erase", "esdd")
     said = refused("--method", "none", "--attack", "lora", "--images", pictures, "--steps", 4, "--strength", "high",
                    "--protect", "kv", "--batch-size", 2, "--outer-learning-rate", 0.1)  # fmt: skip

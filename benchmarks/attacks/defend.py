@@ -2,7 +2,7 @@
 
     python benchmarks/attacks/defend.py              # raw lines to benchmarks/attacks/results/defend.jsonl
 
-`imma harden` with default settings against one attack after the other; then the same attack for 300 steps, one seed, on
+`imma harden --method imma` with default settings against one attack after the other; then the same attack for 300 steps, one seed, on
 pictures that hardening never saw, and unrelated prompts drawn by both models. What the attack gets from the original is
 in transfer.jsonl. An attack that is there already is not measured again; --part 1/2 and --part 2/2 share the work.
 """

@@ -87,8 +87,9 @@ def checkpoint(work: Path, model: str, attacks: list[str]) -> Path:
 
 
 def harden(demo: Path, attacks: list[str], output: Path, *options: object) -> dict[str, Any]:
-    """`imma harden` on the model in the folder *demo*; what it says."""
-    command = ["imma", "harden", demo / "model.safetensors", "--concept", CONCEPTS[CONCEPT].text, "--json", *options]
+    """`imma harden --method imma` on the model in the folder *demo*; what it says."""
+    command = ["imma", "harden", demo / "model.safetensors", "--concept", CONCEPTS[CONCEPT].text]
+    command += ["--method", "imma", "--json", *options]
     command += [part for attack in attacks for part in ("--attack", attack)]
     command += ["--images", demo / "concepts" / CONCEPT / "defend", "--output", output]
     done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE)

@@ -70,9 +70,10 @@ PICTURED = 6
 
 
 def harden(folder: Path, attack: str, concept: str, output: Path) -> dict[str, Any]:
-    """`imma harden` with default settings in a process of its own; what it printed, its time and its peak memory."""
+    """`imma harden --method imma` with default settings in a process of its own; what it printed, its time and its peak memory."""
     command = [
-        *("imma", "harden", str(folder / "model.safetensors"), "--concept", CONCEPTS[concept].text, "--attack", attack),
+        *("imma", "harden", str(folder / "model.safetensors"), "--concept", CONCEPTS[concept].text),
+        *("--method", "imma", "--attack", attack),
         *("--images", str(folder / "concepts" / concept / "defend"), "--output", str(output), "--force", "--json"),
     ]
     began = time.monotonic()

@@ -27,38 +27,51 @@ from trials import Plan, Trials
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
 from imma_cli.checkpoints import open_checkpoint
-from imma_cli.cli.hardening import retention_for
+from imma_cli.cli.hardening import kept_prompts
 from imma_cli.demo import write_demo
 from imma_cli.families.model import Model
 from imma_cli.families.runtime import choose_runtime
-from imma_cli.immunizers.episodes import EpisodesSettings, immunize_in_episodes
+from imma_cli.immunizers.episodes import immunize_in_episodes
 from imma_cli.immunizers.imma import Immunized, ImmunizerSettings, immunize
 from imma_cli.immunizers.memory import peak_memory
+from imma_cli.immunizers.retention import retain
+from imma_cli.immunizers.settings import EpisodesSettings, defaults_for
 
 CASE = "style"
 ATTACKERS = (SIMULATED[0], "full-finetune", UNSEEN[1])
 NO_LIMIT = 1e9
+
+ATTACKS = ("full-finetune", "loha", "lora")
+"""Whom `imma harden` simulates by default."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "with checks": {"checks": 5},
     "attackers as given, not drawn": {"vary": False},
     "one attack simulated: lora": {"attacks": ("lora",)},
-    "five attacks simulated": {"attacks": (*SIMULATED, "dreambooth", "lokr")},
+    "five attacks simulated": {"attacks": (*ATTACKS, "dreambooth", "lokr")},
     "short episodes (40 to 100 steps)": {"shortest": 40, "longest": 100},
-    "no margin": {"margin": NO_LIMIT},
-    "a margin of 1": {"margin": 1.0},
+    "one step of the attacker to each outer step": {"inner_steps": 1, "steps": 1000},
+    "four steps of the attacker to each outer step": {"inner_steps": 4, "steps": 2500},
+    "a margin of 1 times the original's loss": {"margin": 1.0},
+    "a margin of 2.5 times": {"margin": 2.5},
+    "an absolute margin of 2": {"objective": "absolute", "margin": 2.0},
+    "no margin": {"objective": "absolute", "margin": NO_LIMIT},
+    "steered to the original's prediction": {"objective": "original"},
     "nothing held on to": {"keep_batch": 0},
+    "held without guidance": {"held": {"guidance": (1.0, 1.0)}},
+    "held on the model's own pictures only": {"held": {"unfamiliar": 0.0}},
     "no prompts of the publisher's": {"keep": ()},
     "rate not falling": {"anneal": False},
     "cross-attention only": {"protect": "cross-attention"},
     "the whole UNet": {"protect": "unet", "outer_learning_rate": 1e-4},
+    "three times as long": {"steps": 4500},
     "strength low": {"strength": "low"},
     "strength high": {"strength": "high"},
-    "twice as long": {"steps": 2000},
     "as published, lora": {"published": ("lora",)},
     "as published, several in turns": {"published": SIMULATED},
 }
+"""What is changed; `checks` are off unless they are what is changed, since they choose among states."""
 
 
 class Variants:
@@ -92,12 +105,12 @@ class Variants:
         if published := changes.pop("published", None):
             attacks = parse_attacks(published, discover())
             return immunize(model, attacks, [concept], ImmunizerSettings(seed=seed), self.runtime)
-        attacks = parse_attacks(changes.pop("attacks", SIMULATED), discover())
-        keep = changes.pop("keep", keeps(CASES[CASE]))
-        settings = replace(
-            EpisodesSettings(seed=seed, checks=0), **changes
-        )  # checks choose: apart, they are one more part
-        retention = retention_for(model, [concept], settings, self.runtime, keep, quiet=True)
+        attacks = parse_attacks(changes.pop("attacks", ATTACKS), discover())
+        keep, held = changes.pop("keep", keeps(CASES[CASE])), changes.pop("held", {})
+        settings = replace(EpisodesSettings(seed=seed, checks=0), **changes)
+        prompts = kept_prompts(model, [concept], settings, keep)
+        noisings = defaults_for(model).noisings
+        retention = retain(model, prompts, noisings=noisings, seed=seed, runtime=self.runtime, **held)
         return immunize_in_episodes(model, attacks, [concept], settings, self.runtime, retention)
 
 

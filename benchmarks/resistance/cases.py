@@ -87,25 +87,24 @@ KEPT = tuple(
 """What a publisher of this model would name as its use. None of it is among the prompts that are judged."""
 
 SIMULATED = ("lora:targets=everything", "full-finetune", "loha")
-"""Whom the several are that hardening simulates: strong ones that put their parameters in different places."""
+"""Strong attackers that put their parameters in different places. Hardening by default simulates them too: LoRA's layers are drawn."""
 
 ROWS: dict[str, tuple[str, ...]] = {
     "random": (),
     "maximize": ("--method", "maximize", "--attack", "lora"),
     "imma": ("--method", "imma", "--attack", "lora"),
     "imma, several": ("--method", "imma", *(part for attack in SIMULATED for part in ("--attack", attack))),
-    "episodes": (
-        *("--method", "episodes"),
-        *(part for attack in SIMULATED for part in ("--attack", attack)),
-    ),
+    "episodes, low": ("--strength", "low"),
+    "episodes": (),
+    "episodes, high": ("--strength", "high"),
 }
-"""Options of `imma harden`; with episodes also what is to be kept. "random" is moved as far as the last row, in random directions."""
+"""Options of `imma harden`; with episodes, the default, also what is to be kept. "random" is moved as far as the yardstick, in random directions."""
 UNDEFENDED = "undefended"
 YARDSTICK = "episodes"
 
 UNSEEN = (
     "lora:learning_rate=0.01,schedule=cosine,warmup=0.3",
-    "lora:rank=16,targets=everything,learning_rate=0.003,optimizer=adafactor,captions=token,token=zwx",
+    "lora:rank=16,targets=everything,learning_rate=0.003,schedule=cosine,captions=token,token=zwx",
     "full-finetune:learning_rate=0.0003,optimizer=radam,captions=nameless,schedule=linear",
     "dreambooth:token=zwx,prior_weight=0.3,warmup=0.3",
 )

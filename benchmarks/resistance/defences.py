@@ -84,7 +84,7 @@ class Defences:
         chosen = CASES[case]
         command = [*_harden(self.undefended(case), chosen, output), "--seed", str(seed), *ROWS[row], *self.options]
         command += ["--images", str(self.home / "concepts" / chosen.folder / "defend")]
-        return command + [part for prompt in keeps(chosen) * (row == "episodes") for part in ("--keep", prompt)]
+        return command + [part for prompt in keeps(chosen) * row.startswith("episodes") for part in ("--keep", prompt)]
 
 
 def draw_known(home: Path, case: Case) -> None:

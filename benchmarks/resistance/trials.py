@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from cases import CASES, UNDEFENDED, benign, harmful
 from lines import Lines
+from undoing import AFTER, undone
 
 from imma_cli.attacks.attack import Attack
 from imma_cli.attacks.settings import spec
@@ -85,10 +86,24 @@ class Trials:
         scores = {m.name: _rounded(similarities(m, before, after).diagonal()) for m in self.bench.metrics}
         self.lines.add(key | {"scores": scores})
 
-    def attack(self, case: str, row: str, defence_seed: int, attack: Attack, found: str) -> None:
-        """All seeds of one setting on the concept; *found* says how it came to be among the attackers."""
+    def attack(
+        self,
+        case: str,
+        row: str,
+        defence_seed: int,
+        attack: Attack,
+        found: str,
+        *,
+        undoing: str = "",
+        steps: int | None = None,
+    ) -> None:
+        """All seeds of one setting on the concept; *found* says how it came to be among the attackers.
+
+        *undoing* is what the attacker does to the weights before, if anything; *steps* its budget, if not the plan's.
+        """
+        on = self._harmful(case)
         for seed in range(self.plan.attack_seeds):
-            self._trial(case, row, defence_seed, attack, self._harmful(case), seed, found=found)
+            self._trial(case, row, defence_seed, attack, on, seed, steps=steps, found=found, undoing=undoing)
 
     def ordinary(self, case: str, row: str, defence_seed: int, attack: Attack) -> None:
         """Ordinary fine-tuning on what nobody protected."""
@@ -126,16 +141,19 @@ class Trials:
         purpose: str = "",
         steps: int | None = None,
         found: str = "",
+        undoing: str = "",
     ) -> dict[str, Any]:
         budget = steps or self.plan.budget
         key: dict[str, Any] = {"kind": purpose or on.purpose, "case": case, "row": row, "defence_seed": defence_seed}
-        key |= {"attack": spec(attack), "on": on.name, "seed": seed, "budget": budget}
+        name = spec(attack) + (AFTER + undoing if undoing else "")
+        key |= {"attack": name, "on": on.name, "seed": seed, "budget": budget}
         if done := self.lines.find(**key):
             return done[0]
         began = time.monotonic()
-        line = (
-            key | {"found": found} | self._measured(self.model(case, row, defence_seed), row, attack, on, seed, budget)
-        )
+        model = self.model(case, row, defence_seed)
+        if undoing:
+            model = undone(model, undoing)
+        line = key | {"found": found} | self._measured(model, row, attack, on, seed, budget)
         self.lines.add(line | {"seconds": round(time.monotonic() - began, 1)})
         print({k: v for k, v in line.items() if k not in ("scores", "before", "steps")}, flush=True)
         return line

@@ -35,7 +35,8 @@ def main() -> None:
     hardened = demo / "model-immunized.safetensors"
     if not hardened.exists():
         subprocess.run(["imma", "demo", demo, "--force"], check=True)
-        harden = ["imma", "harden", demo / "model.safetensors", "--concept", CONCEPT, "--attack", "lora"]
+        harden = ["imma", "harden", demo / "model.safetensors", "--concept", CONCEPT]
+        harden += ["--method", "imma", "--attack", "lora"]
         subprocess.run([*harden, "--images", demo / HOME / "defend", "--output", hardened], check=True)
     command = ["imma", "verify", hardened, "--against", demo / "model.safetensors", "--concept", CONCEPT]
     command += ["--images", demo / HOME / "attack", "--judge", demo / HOME / "judge", "--preset", args.preset]

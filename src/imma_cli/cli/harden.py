@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from imma_cli.cli import erasing, hardened, hardening
 from imma_cli.cli.console import Refusals, err, print_json
-from imma_cli.cli.inputs import beside, check_methods, check_unused, inputs
+from imma_cli.cli.inputs import beside, check_methods, check_unused, default_attacks, inputs
 from imma_cli.cli.progress import waiting
 
 
@@ -20,8 +20,8 @@ def harden(
     attack: Annotated[
         list[str] | None,
         typer.Option(
-            help="Attack to immunize against: NAME[:key=value,...]. Repeatable; required unless --method none. "
-            "See: imma attacks."
+            help="Attack to immunize against: NAME[:key=value,...]. Repeatable. Default with --method episodes: "
+            "several strong ones; imma attacks lists all."
         ),
     ] = None,
     images: Annotated[
@@ -39,7 +39,7 @@ def harden(
             help="episodes: attackers drawn anew, other prompts held on to. imma: as published. maximize: its baseline. "
             "none: erase only."
         ),
-    ] = "imma",
+    ] = "episodes",
     erase: Annotated[
         Literal["esd", "uce"] | None,
         typer.Option(
@@ -99,10 +99,12 @@ def harden(
     """Immunize a checkpoint against fine-tuning on a concept, and write it in the layout it came in."""
     refusals = Refusals("The checkpoint cannot be hardened like this.")
     target = output or beside(checkpoint)
-    attacks, concepts, opened = inputs(refusals, checkpoint, config, attack or [], concept, images)
+    named = bool(attack)
+    attack = attack or (default_attacks() if method == "episodes" else [])
+    attacks, concepts, opened = inputs(refusals, checkpoint, config, attack, concept, images)
     if outer_learning_rate is not None and not 0 < outer_learning_rate < float("inf"):
         refusals.add(f"--outer-learning-rate must be a positive number, not {outer_learning_rate:g}.")
-    check_methods(refusals, method, erase, attack or [], strength, keep or [], concept)
+    check_methods(refusals, method, erase, attack, strength, keep or [], concept)
     if method == "none":
         check_unused(
             refusals,
@@ -133,6 +135,9 @@ def harden(
             err.print(f"[yellow]Note:[/] {escape(notice)}")
     with waiting("Reading the checkpoint", quiet=json):
         model = runtime.apply(opened.load(), gradient_checkpointing=gradient_checkpointing)
+    if not named and not model.is_small:
+        # a second copy of all weights and their optimizer's states would be needed; who has the memory can name them
+        attacks = [each for each in attacks if not each.in_place]
     settings = hardening.settings_for(method, protect, strength, steps, outer_learning_rate, batch_size, seed)
     erasing_settings = erasing_settings_for(model, erase, seed) if erase else None
     drawing_seconds = 0.0
@@ -144,7 +149,18 @@ def harden(
     if dry_run:
         from imma_cli.cli.planning import say_plan
 
-        say_plan(model, attacks, concepts, settings, erasing_settings, runtime, target, drawing_seconds, json=json)
+        say_plan(
+            model,
+            attacks,
+            concepts,
+            settings,
+            erasing_settings,
+            runtime,
+            keep or (),
+            target,
+            drawing_seconds,
+            json=json,
+        )
         return
 
     erased = None
@@ -154,7 +170,16 @@ def harden(
     changes = hardened.Changes.of(model, erased, result)
     with waiting("Writing", quiet=json):
         provenance = hardened.provenance(
-            opened, attacks, concepts, settings, runtime, model, keep or (), seed, erasing_settings
+            opened,
+            attacks,
+            concepts,
+            settings,
+            runtime,
+            model,
+            keep or (),
+            seed,
+            erasing_settings,
+            result.simulated_steps,
         )
         written = opened.write(target, changes.by_part(), provenance, force=force)
     if json:

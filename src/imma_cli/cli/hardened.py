@@ -37,6 +37,7 @@ def provenance(
     keep: Sequence[str],
     seed: int,
     erasing_settings: ErasingSettings | None,
+    simulated_steps: int | None,
 ) -> dict[str, Any]:
     """What was done, to whom and with what. Without times and paths: the same input gives the same file."""
     from dataclasses import asdict
@@ -44,7 +45,7 @@ def provenance(
     from imma_cli import __version__
     from imma_cli.attacks.settings import record
     from imma_cli.concepts.concept import hashed
-    from imma_cli.immunizers.episodes import EpisodesSettings
+    from imma_cli.immunizers.settings import EpisodesSettings
 
     own = {"method": "none", "seed": seed} if settings is None else asdict(settings)
     held = {"keep": list(keep)} if keep or isinstance(settings, EpisodesSettings) else {}
@@ -58,6 +59,7 @@ def provenance(
         ],
         "attacks": [record(a) | {"rates": asdict(a.rates(model))} for a in attacks],
         "settings": {"method": "episodes"} | held | own,
+        **({"simulated_steps": simulated_steps} if simulated_steps else {}),
         "runtime": asdict(runtime),
         **({"erase": asdict(erasing_settings)} if erasing_settings else {}),
     }

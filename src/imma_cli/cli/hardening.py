@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from imma_cli.concepts.concept import Concept
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
-    from imma_cli.immunizers.episodes import EpisodesSettings, Strength
     from imma_cli.immunizers.imma import Immunized, ImmunizerSettings, Step
     from imma_cli.immunizers.retention import Retention
     from imma_cli.immunizers.scope import Protect
+    from imma_cli.immunizers.settings import EpisodesSettings, Strength
 
     HardeningSettings = ImmunizerSettings | EpisodesSettings
 
@@ -33,8 +33,8 @@ def settings_for(
     seed: int,
 ) -> HardeningSettings | None:
     """None where nothing is to be hardened."""
-    from imma_cli.immunizers.episodes import EpisodesSettings
     from imma_cli.immunizers.imma import ImmunizerSettings
+    from imma_cli.immunizers.settings import EpisodesSettings
 
     if method == "episodes":
         return EpisodesSettings(protect, strength, steps, outer_learning_rate, batch_size, seed)
@@ -62,10 +62,10 @@ def cycles_of(
     settings: HardeningSettings,
 ) -> int:
     """How many times attacker and defender take a step."""
-    from imma_cli.immunizers.episodes import EpisodesSettings, defaults_for
+    from imma_cli.immunizers.settings import EpisodesSettings
 
     if isinstance(settings, EpisodesSettings):
-        return max(1, (settings.steps or defaults_for(model).steps) // 2)
+        return settings.cycles(model)
     return sum(max(1, (settings.steps or a.rates(model).steps) // 2) for a in attacks) * len(concepts)
 
 
@@ -80,8 +80,9 @@ def carry_out(
     quiet: bool,
 ) -> Immunized:
     """Harden with a bar for each thing that takes its time; nothing where *settings* is None."""
-    from imma_cli.immunizers.episodes import EpisodesSettings, immunize_in_episodes
+    from imma_cli.immunizers.episodes import immunize_in_episodes
     from imma_cli.immunizers.imma import Immunized, immunize
+    from imma_cli.immunizers.settings import EpisodesSettings
 
     if settings is None:
         return Immunized({})
@@ -97,7 +98,7 @@ def carry_out(
         advance(step.cycle, **_curves(step))
 
     with course("Hardening", cycles, quiet=quiet) as advance:
-        return immunize_in_episodes(model, attacks, concepts, settings, runtime, retention, show)
+        return immunize_in_episodes(model, attacks, concepts, settings, runtime, retention, on_step=show)
 
 
 def retention_for(
@@ -106,22 +107,30 @@ def retention_for(
     settings: EpisodesSettings,
     runtime: Runtime,
     keep: Sequence[str],
-    pictures: int | None = None,
     *,
     quiet: bool,
 ) -> Retention:
-    """What must stay: drawn for the prompts in *keep*, as often as each other kind of prompt, and for everyday ones."""
-    from imma_cli.immunizers.episodes import defaults_for
-    from imma_cli.immunizers.retention import prompts_beside, retain, vocabulary_of
+    """What must stay, as the model draws it."""
+    from imma_cli.immunizers.retention import retain
+    from imma_cli.immunizers.settings import defaults_for
 
     sizes = defaults_for(model)
-    # a short run cannot make use of many pictures, and need not wait for them
-    cycles = cycles_of(model, (), (), settings)
-    count = pictures or min(sizes.kept_pictures, max(FEWEST_KEPT, cycles // 4))
-    prompts = prompts_beside([c.name for c in concepts], vocabulary_of(model), count, settings.seed)
-    prompts += list(keep) * max(1, count // 4 // len(keep)) if keep else []
+    prompts = kept_prompts(model, concepts, settings, keep)
     with course("Drawing what must stay", len(prompts), quiet=quiet) as advance:
         return retain(model, prompts, noisings=sizes.noisings, seed=settings.seed, runtime=runtime, on_picture=advance)
+
+
+def kept_prompts(
+    model: Model, concepts: Sequence[Concept], settings: EpisodesSettings, keep: Sequence[str]
+) -> list[str]:
+    """Everyday prompts, and those in *keep*, which are together as many as each other kind, or one each."""
+    from imma_cli.immunizers.retention import prompts_beside, vocabulary_of
+    from imma_cli.immunizers.settings import defaults_for
+
+    # a short run cannot make use of many pictures, and need not wait for them
+    count = min(defaults_for(model).kept_pictures, max(FEWEST_KEPT, settings.cycles(model) // 2))
+    prompts = prompts_beside([c.name for c in concepts], vocabulary_of(model), count, settings.seed)
+    return prompts + (list(keep) * max(1, count // 4 // len(keep)) if keep else [])
 
 
 def _curves(step: Step) -> dict[str, float | None]:

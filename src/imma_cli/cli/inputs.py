@@ -27,7 +27,9 @@ def check_methods(
     if method != "none" and not attack:
         refusals.add(
             "There is no --attack to immunize against.",
-            "imma attacks lists the names. To erase without hardening, give --method none with --erase.",
+            "imma attacks lists the names. To erase without hardening, give --method none with --erase."
+            if method != "episodes"
+            else "No installed plugin is simulated by default: name one that imma attacks lists.",
         )
     if method == "none" and attack:
         refusals.add("--method none simulates no attack: leave out --attack.")
@@ -42,6 +44,13 @@ def check_methods(
         refusals.add("--strength belongs to --method episodes.")
     if method != "episodes" and erase != "uce" and keep:
         refusals.add("--keep belongs to --method episodes and --erase uce: nothing else holds on to prompts.")
+
+
+def default_attacks() -> list[str]:
+    """Those that hardening simulates where the user names none."""
+    from imma_cli.attacks.manager import discover, simulated
+
+    return simulated(discover())
 
 
 def check_unused(refusals: Refusals, given: Mapping[str, bool]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import monotonic
@@ -9,15 +10,19 @@ from typing import TYPE_CHECKING
 
 from imma_cli.attacks.settings import spec
 from imma_cli.cli.console import out, print_json
-from imma_cli.cli.hardening import cycles_of, retention_for
+from imma_cli.cli.hardening import cycles_of, kept_prompts
 from imma_cli.cli.progress import waiting
-from imma_cli.immunizers.episodes import EpisodesSettings, defaults_for, immunize_in_episodes
+from imma_cli.immunizers.checking import STEPS as CHECK_STEPS
+from imma_cli.immunizers.checking import QuickCheck
+from imma_cli.immunizers.episodes import immunize_in_episodes
 from imma_cli.immunizers.erasing import erase, steps_of
 from imma_cli.immunizers.esd import EsdSettings
-from imma_cli.immunizers.imma import Step, immunize
+from imma_cli.immunizers.imma import ImmunizerSettings, Step, immunize
 from imma_cli.immunizers.memory import peak_memory
 from imma_cli.immunizers.naming import prompts_with
+from imma_cli.immunizers.retention import Retention, retain
 from imma_cli.immunizers.scope import protected_weights
+from imma_cli.immunizers.settings import EpisodesSettings, defaults_for
 from imma_cli.immunizers.uce import UceSettings
 
 if TYPE_CHECKING:
@@ -41,6 +46,7 @@ def say_plan(
     settings: HardeningSettings | None,
     erasing: EsdSettings | UceSettings | None,
     runtime: Runtime,
+    keep: Sequence[str],
     target: Path,
     drawing_seconds: float,
     *,
@@ -52,9 +58,12 @@ def say_plan(
         changed, seconds = _erasing(model, names, erasing, runtime) if erasing else ({}, 0.0)
         cycles = 0
         if settings:
-            per_cycle, preparing = _timed(model, attacks, concepts, settings, runtime)
+            if isinstance(settings, EpisodesSettings):
+                per_cycle, besides = _timed_episodes(model, attacks, concepts, settings, runtime, keep)
+            else:
+                per_cycle, besides = _timed(model, attacks, concepts, settings, runtime), 0.0
             cycles = cycles_of(model, attacks, concepts, settings)
-            seconds += per_cycle * cycles + preparing + drawing_seconds
+            seconds += per_cycle * cycles + besides + drawing_seconds
             changed |= protected_weights(model.unet, settings.protect)
     rates = [attack.rates(model) for attack in attacks]
     plan = {
@@ -87,7 +96,8 @@ def say_plan(
             outer = defaults_for(model).outer_learning_rate if in_episodes else each.outer_learning_rate
         out.print(f"  against {spec(attack)}: learning rate {each.learning_rate:g}, outer {outer:g}", markup=False)
     if settings:
-        out.print(f"  {2 * cycles} steps in all, half of them the attackers'")
+        inner = settings.inner_steps if isinstance(settings, EpisodesSettings) else 1
+        out.print(f"  {(1 + inner) * cycles} steps in all, {inner * cycles} of them the attackers'")
     out.print(f"  on {runtime.device}, attention {runtime.attention}, precision {runtime.precision}")
     out.print(
         f"  about {seconds:.0f} s (timed over a few real steps); peak memory {peak_memory(runtime) / 1e9:.2f} GB, measured"
@@ -118,25 +128,61 @@ def _timed(
     model: Model,
     attacks: list[Attack],
     concepts: list[Concept],
-    settings: HardeningSettings,
+    settings: ImmunizerSettings,
     runtime: Runtime,
-) -> tuple[float, float]:
-    """Seconds of a cycle, and of what comes before the first."""
+) -> float:
+    """Seconds of a cycle."""
     marks: list[float] = []
 
     def mark(step: Step) -> None:
         marks.append(monotonic())
 
     turns = len(attacks) * len(concepts)
-    preparing = 0.0
-    if isinstance(settings, EpisodesSettings):
-        began = monotonic()
-        retention = retention_for(model, concepts, settings, runtime, (), TRIED_PICTURES, quiet=True)
-        preparing = (monotonic() - began) / TRIED_PICTURES * defaults_for(model).kept_pictures
-        # every attack's turn is short, so that all of them are among the few
-        short = replace(settings, steps=2 * TRIED * turns, shortest=TRIED, longest=TRIED, checks=0)
-        immunize_in_episodes(model, attacks, concepts, short, runtime, retention, mark)
-        return (marks[-1] - marks[0]) / (len(marks) - 1), preparing
     immunize(model, attacks, concepts, replace(settings, steps=2 * TRIED), runtime, mark)
     # the turns take turns, so after the first round, which also warms up, every one has been timed equally often
-    return (marks[-1] - marks[turns - 1]) / (len(marks) - turns), preparing
+    return (marks[-1] - marks[turns - 1]) / (len(marks) - turns)
+
+
+def _timed_episodes(
+    model: Model,
+    attacks: list[Attack],
+    concepts: list[Concept],
+    settings: EpisodesSettings,
+    runtime: Runtime,
+    keep: Sequence[str],
+) -> tuple[float, float]:
+    """Seconds of a cycle, and of what is done besides: drawings to keep, and the short attacks."""
+    marks: list[float] = []
+
+    def mark(step: Step) -> None:
+        marks.append(monotonic())
+
+    prompts = kept_prompts(model, concepts, settings, keep)
+    tried = prompts[:TRIED_PICTURES]
+    began = monotonic()
+    noisings = defaults_for(model).noisings
+    retention = retain(model, tried, noisings=noisings, seed=settings.seed, runtime=runtime)
+    besides = (monotonic() - began) / len(tried) * len(prompts)
+    # every attack's turn is short, so that all of them are among the few
+    turns, each = len(attacks) * len(concepts), 1 + settings.inner_steps
+    length = max(TRIED, settings.inner_steps)
+    short = replace(settings, steps=each * TRIED * turns, shortest=length, longest=length, checks=0)
+    immunize_in_episodes(model, attacks, concepts, short, runtime, retention, on_step=mark)
+    if checks := settings.checks_in(settings.cycles(model)):
+        few, more = (_checked(model, attacks, concepts, retention, runtime, steps) for steps in (1, 1 + TRIED))
+        besides += (checks + 1) * (few + (more - few) / TRIED * CHECK_STEPS)
+    return (marks[-1] - marks[0]) / (len(marks) - 1), besides
+
+
+def _checked(
+    model: Model,
+    attacks: list[Attack],
+    concepts: list[Concept],
+    retention: Retention,
+    runtime: Runtime,
+    steps: int,
+) -> float:
+    """Seconds of a round of short attacks, were they *steps* steps long."""
+    began = monotonic()
+    QuickCheck(model, attacks, concepts, retention, runtime, seed=0, steps=steps)
+    return monotonic() - began

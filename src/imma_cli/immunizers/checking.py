@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 STEPS = 40
 """Enough for an attacker to have most of its gain on a small undefended model, and little beside the rest of the run."""
+PAIRS = 3
 TOO_FAR = 1.25
 """A state whose drift is so many times the limit is not taken, however well it resists."""
 PATIENCE = 2
@@ -50,7 +52,10 @@ class Check:
 
 
 class QuickCheck:
-    """Runs the same short attacks again and again; the first time on the original."""
+    """Runs the same short attacks again and again; the first time on the original.
+
+    Where there are more attacks on concepts than `PAIRS`, so many of them: checking is to stay cheap.
+    """
 
     def __init__(
         self,
@@ -60,9 +65,12 @@ class QuickCheck:
         retention: Retention,
         runtime: Runtime,
         seed: int,
+        steps: int = STEPS,
     ) -> None:
+        self.steps = steps
         self.model, self.retention, self.runtime, self.seed = model, retention, runtime, SEED + seed
-        self.pairs = [(attack, concept) for attack in attacks for concept in concepts]
+        pairs = [(attack, concept) for attack in attacks for concept in concepts]
+        self.pairs = random.Random(seed).sample(pairs, PAIRS) if len(pairs) > PAIRS else pairs
         self.start, self.reached = self._attack()
         self.best: Check | None = None
         self.since_best = 0
@@ -102,10 +110,10 @@ class QuickCheck:
                 attack,
                 pictures,
                 judge,
-                steps=STEPS,
+                steps=self.steps,
                 seed=self.seed,
                 runtime=self.runtime,
-                points=[0, STEPS],
+                points=[0, self.steps],
             )
         except NotFiniteError:  # for whoever defends, training that blows up is no reason to stop
             return NOT_LEARNED, NOT_LEARNED

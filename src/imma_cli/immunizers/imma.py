@@ -66,6 +66,8 @@ class Immunized:
     """What short attacks on copies got along the way, where the method runs them."""
     taken: Check | None = None
     """The check whose state the weights are; None: they are as at the end."""
+    simulated_steps: int | None = None
+    """The most steps that a simulated attacker made, where every one began anew."""
     unreached: tuple[str, ...] = ()
     """Weights of S_u that no attack's loss depended on, as the attacks computed with copies of them: they did not move."""
 

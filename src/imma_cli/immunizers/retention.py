@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from imma_cli.concepts.batches import conditioning_of, encode
+from imma_cli.immunizers.looks import with_other_look
 
 if TYPE_CHECKING:
     from imma_cli.families.model import Model
@@ -33,12 +33,13 @@ NOUNS = (
     *("rain", "robot", "rocket", "rose", "scissors", "sheep", "ship", "shoe", "snail", "snake", "spider", "star"),
     *("sun", "table", "tent", "tiger", "train", "tree", "truck", "trumpet", "umbrella", "window", "woman", "zebra"),
 )
-EMPTY_PROMPT = 0.25
-"""Share of what is held on to that is seen with the empty prompt."""
 DRAWING_SEED = 2_000_000_000
 """Far from the seeds of drawn concepts and of whatever judges a model later."""
 DRAWING_STEPS = 10
 AT_ONCE = 16
+GUIDANCE = (1.0, 7.0)
+"""The scales of classifier-free guidance (arXiv 2207.12598) that people draw with, from none to strong."""
+UNFAMILIAR = 0.5
 
 
 def prompts_beside(concepts: Sequence[str], vocabulary: Sequence[str], count: int, seed: int) -> list[str]:
@@ -68,20 +69,20 @@ def vocabulary_of(model: Model) -> list[str]:
 
 @dataclass(frozen=True)
 class Retention:
-    """Noised pictures, prompts, and what the original predicts for them; all computed once."""
+    """Noised pictures, prompts, and what the original predicts for them with and without; all computed once."""
 
     latents: Tensor  # [N, C, h, w]
     conditioning: Tensor  # [N, tokens, D]
     empty: Tensor  # [tokens, D]
     noise: Tensor  # [M, C, h, w], where M is a multiple of N: picture m % N
     timesteps: Tensor  # int64 [M]
-    unprompted: Tensor  # bool [M]
-    predicted: Tensor  # [M, C, h, w]
+    guidance: Tensor  # [M]
+    predicted: Tensor  # [2, M, C, h, w]: with the prompt, and with the empty one
     held_out: int
     """The last so many of the M, one noising of every picture, are never trained on: they tell how far the model has drifted."""
 
     def drift(self, model: Model, count: int, generator: torch.Generator) -> Tensor:
-        """Mean squared difference of *model*'s predictions from the original's, over *count* drawn ones: a scalar.
+        """Mean squared difference of *model*'s guided predictions from the original's, over *count* drawn ones: a scalar.
 
         In units of the target's variance, which is about 1: the noise's, or the velocity's.
         """
@@ -95,14 +96,24 @@ class Retention:
         return sum(float(difference) * count for difference, count in parts) / self.held_out
 
     def _difference(self, model: Model, rows: Tensor) -> Tensor:
-        predicted = model.family.predict(model, *self._inputs(rows))
-        return F.mse_loss(predicted.float(), self.predicted[rows].float())
+        """What is drawn follows u + g (c - u), with and without the prompt; so that is held, not c and u apart.
 
-    def _inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        Errors of c and u that have nothing to do with each other make one of g² + (g - 1)² times their square.
+        """
+        both = self.predict(model, rows).float() - self.predicted[:, rows].float()
+        scale = self.guidance[rows, None, None, None]
+        guided = both[1] + scale * (both[0] - both[1])
+        return (guided.square() / (scale.square() + (scale - 1).square())).mean()
+
+    def predict(self, model: Model, rows: Tensor) -> Tensor:
+        """What *model* says with the prompts and without: [2, rows, C, h, w]."""
         pictures = rows % len(self.latents)
         prompted = self.conditioning[pictures]
-        conditioning = torch.where(self.unprompted[rows][:, None, None], self.empty, prompted)
-        return self.latents[pictures], conditioning, self.noise[rows], self.timesteps[rows]
+        conditioning = torch.cat([prompted, self.empty.expand_as(prompted)])
+        twice = (torch.cat([t, t]) for t in (self.latents[pictures], self.noise[rows], self.timesteps[rows]))
+        latents, noise, timesteps = twice
+        predicted = model.family.predict(model, latents, conditioning, noise, timesteps)
+        return predicted.reshape(2, len(rows), *predicted.shape[1:])
 
 
 @torch.no_grad()
@@ -113,9 +124,15 @@ def retain(
     noisings: int,
     seed: int,
     runtime: Runtime,
+    unfamiliar: float = UNFAMILIAR,
+    guidance: tuple[float, float] = GUIDANCE,
     on_picture: Callable[[int], None] = lambda done: None,
 ) -> Retention:
-    """Let *model* draw one picture for each of *prompts*, noise each *noisings* times, and keep what it predicts."""
+    """Let *model* draw one picture for each of *prompts*, noise each *noisings* times, and keep what it predicts.
+
+    A share *unfamiliar* of the pictures gets another look first: what others will train the model on is nothing that it
+    draws already, and its predictions there are to stay too.
+    """
     pictures = []
     for i in range(0, len(prompts), AT_ONCE):
         part = prompts[i : i + AT_ONCE]
@@ -123,20 +140,23 @@ def retain(
         with runtime.autocast():
             pictures += model.family.draw(model, part, seeds, steps=DRAWING_STEPS)
         on_picture(len(pictures))
+    rng = random.Random(seed)
+    pictures = [with_other_look(each, rng) if rng.random() < unfamiliar else each for each in pictures]
     latents = encode(model, pictures).mean
     generator = torch.Generator().manual_seed(seed)
     count = len(prompts) * noisings
+    low, high = guidance
     kept = Retention(
         latents,
         conditioning_of(model, prompts),
         conditioning_of(model, [""])[0],
         torch.randn((count, *latents.shape[1:]), generator=generator).to(latents.device),
         torch.randint(model.family.training_timesteps(model), (count,), generator=generator).to(latents.device),
-        (torch.rand(count, generator=generator) < EMPTY_PROMPT).to(latents.device),
-        torch.empty(count, *latents.shape[1:], device=latents.device),
+        (low + (high - low) * torch.rand(count, generator=generator)).to(latents.device),
+        torch.empty(2, count, *latents.shape[1:], device=latents.device),
         held_out=max(1, min(len(prompts), count // 4)),
     )
     for rows in torch.split(torch.arange(count), AT_ONCE):
         with runtime.autocast():
-            kept.predicted[rows] = model.family.predict(model, *kept._inputs(rows)).float()
+            kept.predicted[:, rows] = kept.predict(model, rows).float()
     return kept

@@ -24,7 +24,7 @@ TRIES = 8
 def draw_attacker(attack: Attack, model: Model, rng: random.Random) -> Attack:
     """*attack* with other settings: each of its search space's that the user left alone is drawn, or left, at even odds.
 
-    The learning rate is always drawn.
+    The learning rate is always drawn, where it was left alone.
     """
     rates = attack.rates(model)
     for _ in range(TRIES):
@@ -39,7 +39,7 @@ def _drawn(attack: Attack, rates: Preset, rng: random.Random) -> dict[str, Any]:
     defaults: Mapping[str, Any] = {field.name: field.default for field in fields(attack.settings)}
     drawn: dict[str, Any] = {}
     for name, declared in attack.search.items():
-        if name not in defaults or getattr(attack.settings, name) != defaults[name]:
+        if name not in defaults or name in attack.given or getattr(attack.settings, name) != defaults[name]:
             continue
         if name == "learning_rate":
             drawn[name] = rates.learning_rate * RATE_SPREAD ** rng.uniform(-1, 1)

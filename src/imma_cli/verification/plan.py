@@ -93,8 +93,8 @@ def simulated_steps(provenance: Mapping[str, Any] | None) -> int | None:
     """How many steps the attacker of hardening's simulation made; None where the file does not say."""
     recorded = provenance or {}
     settings = recorded.get("settings") or {}
-    if isinstance(settings.get("longest"), int):  # every episode's attacker began anew
-        return int(settings["longest"])
+    if isinstance(recorded.get("simulated_steps"), int):  # every attacker began anew
+        return int(recorded["simulated_steps"])
     steps = settings.get("steps")
     of_attacks = [(attack.get("rates") or {}).get("steps") for attack in recorded.get("attacks", [])]
     known = [n for n in ([steps] if isinstance(steps, int) else of_attacks) if isinstance(n, int) and n > 1]

@@ -1,0 +1,120 @@
+"""The defender's side of hardening in episodes: S_u, its outer step, and the price of what everybody else notices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from imma_cli.attacks.attack import Attack
+from imma_cli.attacks.training import Attacker, adamw, require_finite, trainable
+from imma_cli.concepts.batches import Batch, TrainingSet
+from imma_cli.concepts.concept import Concept
+from imma_cli.errors import ImmaError
+from imma_cli.families.model import Model
+from imma_cli.families.runtime import Runtime
+from imma_cli.immunizers.objectives import Objective
+from imma_cli.immunizers.retention import Retention
+from imma_cli.immunizers.scope import protected_weights
+from imma_cli.immunizers.settings import DRIFT, EpisodesSettings, defaults_for
+
+
+@dataclass
+class Episode:
+    """One attacker, attached to modules of its own."""
+
+    attack: Attack
+    concept: Concept
+    model: Model
+    attacker: Attacker
+    batches: TrainingSet
+    weights: list[nn.Parameter]
+    """S_u as the attacked model has it: the very same tensors, or copies where the attack trains the weights in place."""
+    apart: bool
+
+    def attacker_step(self, batch: Batch, runtime: Runtime) -> float:
+        return self.attacker.step(lambda: runtime.forward(lambda: self.attack.loss(self.model, batch)))
+
+
+class Defender:
+    """S_u, its optimizer, and the multiplier λ that holds the drift at its limit."""
+
+    def __init__(self, model: Model, settings: EpisodesSettings, retention: Retention, runtime: Runtime) -> None:
+        self.model, self.settings, self.retention, self.runtime = model, settings, retention, runtime
+        self.named = protected_weights(model.unet, settings.protect)
+        self.weights = list(self.named.values())
+        self.objective = Objective(settings.objective, settings.margin, model, self.weights, runtime)
+        self.rate = settings.outer_learning_rate or defaults_for(model).outer_learning_rate
+        self.optimizer = adamw(self.weights, self.rate)
+        self.optimizer.param_groups[0]["weight_decay"] = 0.0  # it would pull everybody's weights towards zero
+        self.limit = DRIFT[settings.strength]
+        self.multiplier = 0.05 / self.limit
+        self.drift = 0.0
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.moved = [False] * len(self.weights)
+
+    def step(self, episode: Episode, done: float) -> tuple[float, float]:
+        """Push the attacked model to where the attacker has gained nothing; gives its loss, and the drift, before the step.
+
+        *done* is the share of the run that lies behind.
+        """
+        self.optimizer.param_groups[0]["lr"] = self.rate * (1 - done if self.settings.anneal else 1)
+        batch = _outer_batch(episode.batches, self.settings.outer_batch)
+        with trainable(episode.weights):
+            aim, loss = self.objective(episode.attack, episode.model, batch)
+            require_finite(loss)
+            if not aim.requires_grad:
+                raise ImmaError(
+                    f"The loss of {episode.attack.name} depends on none of the weights that may change.",
+                    hint="It computes with copies of them. Name another --protect, or leave this attack out.",
+                )
+            harmful = torch.autograd.grad(aim, episode.weights, allow_unused=True)
+        drift, kept = self._held()
+        self._descend(_clipped(harmful), kept, episode)
+        self._price(drift)
+        return float(loss.detach()), drift
+
+    def _held(self) -> tuple[float, Sequence[Tensor | None]]:
+        """How far predictions for other prompts have moved, and the gradient that brings them back."""
+        if not self.settings.keep_batch:
+            return 0.0, [None] * len(self.weights)
+        with trainable(self.weights):
+            drift = self.runtime.forward(
+                lambda: self.retention.drift(self.model, self.settings.keep_batch, self.generator)
+            )
+            require_finite(drift)
+            return float(drift.detach()), torch.autograd.grad(drift, self.weights, allow_unused=True)
+
+    @torch.no_grad()
+    def _descend(self, harmful: Sequence[Tensor | None], kept: Sequence[Tensor | None], episode: Episode) -> None:
+        before = [w.clone() for w in self.weights] if episode.apart else []
+        for i, (weight, up, hold) in enumerate(zip(self.weights, harmful, kept, strict=True)):
+            weight.grad = up
+            if hold is not None:
+                weight.grad = self.multiplier * hold if up is None else up + self.multiplier * hold
+            self.moved[i] |= up is not None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for copied, weight, old in zip(episode.weights, self.weights, before, strict=False):
+            copied.add_(weight - old)  # what the attacker has learned stays, on top of the moved weights
+
+    def _price(self, drift: float) -> None:
+        """Dual ascent: what is above its limit becomes dearer."""
+        self.drift = drift if not self.drift else 0.95 * self.drift + 0.05 * drift
+        excess = max(-1.0, min(1.0, self.drift / self.limit - 1))
+        self.multiplier = min(1e4, max(1e-2, self.multiplier * math.exp(0.02 * excess)))
+
+
+def _outer_batch(pictures: TrainingSet, size: int) -> Batch:
+    rows = torch.randperm(len(pictures.latents), generator=pictures.generator)[:size]
+    return pictures.batch(rows.tolist())
+
+
+def _clipped(gradients: Sequence[Tensor | None], norm: float = 1.0) -> list[Tensor | None]:
+    """*gradients* together no longer than *norm*, as the published code clips them."""
+    length = torch.sqrt(sum((g.square().sum() for g in gradients if g is not None), torch.zeros(())))
+    scale = norm / max(norm, float(length) + 1e-12)
+    return [None if g is None else g * scale for g in gradients]

@@ -1,0 +1,85 @@
+"""What may be set about hardening in episodes: who attacks × what the outer step wants × what is held on to × where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from imma_cli.immunizers.checking import STEPS
+from imma_cli.immunizers.objectives import Aim
+from imma_cli.immunizers.scope import Protect
+
+if TYPE_CHECKING:
+    from imma_cli.families.model import Model
+
+Strength = Literal["low", "medium", "high"]
+DRIFT: dict[Strength, float] = {"low": 0.002, "medium": 0.0045, "high": 0.008}
+"""How far the predictions for other prompts may move, as `Retention.drift` measures it."""
+
+
+@dataclass(frozen=True)
+class EpisodesSettings:
+    """One composition. The defaults are what benchmarks/resistance says is best."""
+
+    protect: Protect = "attention"
+    strength: Strength = "medium"
+    steps: int | None = None
+    """Inner and outer steps together, for all attacks and concepts; None: as the model's size has it."""
+    outer_learning_rate: float | None = None
+    batch_size: int = 1
+    seed: int = 0
+    vary: bool = True
+    """Whether the attackers' settings are drawn; otherwise they are as given."""
+    shortest: int = 200
+    longest: int = 300
+    """How many steps an episode's attacker makes, at least and at most; no more than lets every attack on every concept
+    have its turn, and a third of the run."""
+    inner_steps: int = 2
+    """How many of them it makes before each outer step."""
+    objective: Aim = "relative"
+    margin: float = 1.5
+    """Of the objective: times the original's loss, or the loss itself, beyond which an attacker's is not raised further."""
+    outer_batch: int = 2
+    """Pictures of the concept in an outer step."""
+    keep_batch: int = 4
+    """Noised pictures of other things in an outer step, each predicted with and without its prompt; 0: nothing is held on to."""
+    anneal: bool = True
+    """Whether the immunizing rate falls to zero over the run: the noise of the last steps is drift that resists nobody."""
+    checks: int = 5
+    """How often along the way a short real attack is run on a copy, to stop where it gets no harder; 0: never. No more often
+    than once in as many outer steps as the attack has."""
+
+    def __post_init__(self) -> None:
+        if self.inner_steps < 1 or not 1 <= self.shortest <= self.longest:
+            raise ValueError("inner_steps is at least 1, and so is shortest, which is at most longest")
+
+    def cycles(self, model: Model) -> int:
+        """How many outer steps there are."""
+        return max(1, (self.steps or defaults_for(model).steps) // (1 + self.inner_steps))
+
+    def checks_in(self, cycles: int) -> int:
+        """How many short attacks a run of *cycles* outer steps is worth."""
+        return min(self.checks, cycles // STEPS)
+
+    def cycles_of_episode(self, cycles: int, pairs: int) -> tuple[int, int]:
+        """The fewest and the most outer steps of an episode, in a run of *cycles* against *pairs* attacks on concepts."""
+        longest = min(max(1, self.longest // self.inner_steps), max(1, cycles // max(3, pairs)))
+        return min(max(1, self.shortest // self.inner_steps), longest), longest
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What depends on the model's size."""
+
+    steps: int
+    outer_learning_rate: float
+    kept_pictures: int
+    noisings: int
+
+
+SMALL = Defaults(steps=1500, outer_learning_rate=3e-4, kept_pictures=240, noisings=4)
+FULL_SIZE = Defaults(steps=2000, outer_learning_rate=1e-5, kept_pictures=64, noisings=8)
+
+
+def defaults_for(model: Model) -> Defaults:
+    return SMALL if model.is_small else FULL_SIZE
