@@ -151,6 +151,18 @@ def test_a_dry_run_says_what_would_happen(imma, tiny_checkpoint, tiny_config, pi
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_quick_preset_makes_a_third_of_the_steps(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
+    def cycles(*options: object) -> int:
+        code, out, err = imma(
+            "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures, "--attack", "lora", "--dry-run", "--json",
+            "--output", tmp_path / "hard.safetensors", *options,
+        )  # fmt: skip
+        assert code == 0, err
+        return int(json.loads(out)["cycles"])
+
+    assert cycles("--preset", "quick") == cycles() // 3
+
+
 def test_a_diffusers_folder_is_hardened_into_a_folder(imma, tiny_folder, pictures, tmp_path) -> None:
     target = tmp_path / "hard"
     code, _, err = imma(

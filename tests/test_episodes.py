@@ -157,16 +157,24 @@ def test_a_short_attack_tells_how_hard_it_has_become(tiny_model: Model, retentio
     assert check.best is worse
 
 
-def test_a_state_that_went_too_far_is_not_taken_and_no_progress_ends_the_run(
+def test_a_state_that_went_too_far_is_not_taken_and_no_progress_within_the_limit_ends_the_run(
     tiny_model: Model, retention: Retention
 ) -> None:
     check = QuickCheck(tiny_model, [attack_named("lora")], [example_concept()], retention, CPU, 0)
+    with torch.no_grad():
+        tiny_model.unet.conv_out.weight.mul_(1.1)
     good = check.run(1, limit=1.0)
     with torch.no_grad():
         tiny_model.unet.conv_out.weight.mul_(3)
+    for cycle in range(2 * checking.PATIENCE):
+        check.run(2 + cycle, limit=1e-9)
+    assert check.best is good
+    assert not check.exhausted  # what went too far may come back
+    with torch.no_grad():
+        tiny_model.unet.conv_out.weight.mul_(1 / 3.3)
     for cycle in range(checking.PATIENCE):
         assert not check.exhausted
-        check.run(2 + cycle, limit=1e-9)
+        check.run(9 + cycle, limit=1.0)
     assert check.best is good
     assert check.exhausted
 

@@ -269,7 +269,7 @@ def test_what_does_not_go_together_is_refused_at_once(imma, tiny_checkpoint, tin
     assert "--keep belongs to" in refused(*published, "--erase", "esd", "--keep", "a cat")
     assert "esdd" in refused("--attack", "lora", "--erase", "esdd")
     said = refused("--method", "none", "--attack", "lora", "--images", pictures, "--steps", 4, "--strength", "high",
-                   "--protect", "kv", "--batch-size", 2, "--outer-learning-rate", 0.1)  # fmt: skip
-    for part in ("without --erase changes nothing", "leave out --attack", "--strength belongs",
+                   "--protect", "kv", "--batch-size", 2, "--outer-learning-rate", 0.1, "--preset", "quick")  # fmt: skip
+    for part in ("--preset quick belongs", "both say how many steps", "without --erase changes nothing", "leave out --attack", "--strength belongs",
                  "leave out --images, --steps, --outer-learning-rate, --batch-size, --protect"):  # fmt: skip
         assert part in said, part

@@ -95,6 +95,7 @@ def test_what_blew_up_on_a_defended_model_is_counted_apart(figures: Any) -> None
 def test_the_page_shows_what_the_raw_lines_say(figures: Any) -> None:
     import ablation
     import lines
+    import several
 
     page = lines.PAGE.read_text(encoding="utf-8")
     results = lines.Lines(lines.RESULTS / "trials.jsonl")
@@ -103,3 +104,5 @@ def test_the_page_shows_what_the_raw_lines_say(figures: Any) -> None:
     assert all(figures.attack_table(each) in page for each in found)
     changed = lines.Lines(lines.RESULTS / "ablation.jsonl")
     assert figures.table(figures.figures(changed, ablation.VARIANTS)) in page
+    together = lines.Lines(lines.RESULTS / "several.jsonl")
+    assert figures.table(figures.figures(together, several.ROWS)) in page

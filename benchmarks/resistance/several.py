@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from ablation import ATTACKS
 from cases import CASES, SIMULATED, UNDEFENDED, keeps, pictures
 from figures import figures, table
 from lines import RESULTS, Lines, put_on_page
@@ -37,7 +38,7 @@ from imma_cli.concepts.concept import Concept
 from imma_cli.concepts.drawing import draw_concept
 from imma_cli.demo import write_demo
 from imma_cli.families.model import Model
-from imma_cli.families.runtime import choose_runtime
+from imma_cli.families.runtime import Runtime, choose_runtime
 from imma_cli.immunizers.defender import Defender, Episode
 from imma_cli.immunizers.episodes import episode_of, immunize_in_episodes
 from imma_cli.immunizers.memory import peak_memory
@@ -48,8 +49,8 @@ from imma_cli.immunizers.settings import EpisodesSettings
 HELD_OUT = ("style", "object", "character")
 KNOWN = ("snowman", "pumpkin", "violin", "owl", "trophy", "peach", "whale")
 """Seven more, which the model draws itself; they are in no prompt that is judged."""
-HOW = {"in turns": 1000, "one after another": 1000, "merged": 1000}
-"""Steps in all, whatever the number of concepts."""
+HOW = ("in turns", "one after another", "merged")
+"""With the same number of outer steps in all, whatever the number of concepts."""
 ROWS = {f"{count} {how}": (count, how) for count in (1, 3, 10) for how in HOW if count > 1 or how == "in turns"}
 ATTACKERS = (SIMULATED[0], "full-finetune")
 MERGED_EPISODE = 100
@@ -87,21 +88,19 @@ class Several:
         concepts = [pictures(self.home, CASES[case], "defend") for case in HELD_OUT[:count]]
         for name in KNOWN[: max(0, count - len(HELD_OUT))]:
             concepts.append(draw_concept(model, name, role="defend", seed=seed, count=10))
-        attacks = parse_attacks(SIMULATED, discover())
-        settings = EpisodesSettings(seed=seed, checks=0, steps=HOW[how])
+        attacks = parse_attacks(ATTACKS, discover())
+        settings = EpisodesSettings(seed=seed, checks=0)
         names = [concept.name for concept in concepts]
         keep = [prompt for prompt in keeps(CASES["style"]) if not any(name in prompt for name in names)]
 
-        def retention(of: Sequence[Concept]) -> Retention:
-            return retention_for(model, of, settings, self.runtime, keep, quiet=True)
-
+        held = retention_for(
+            model, concepts, settings, self.runtime, keep, quiet=True
+        )  # of the original: what an earlier concept moved is not to be kept
         if how == "in turns":
-            held = retention(concepts)
             return immunize_in_episodes(model, attacks, concepts, settings, self.runtime, held).weights
         if how == "merged":
-            return merged(model, attacks, concepts, settings, self, retention(concepts))
-        held = retention(concepts)  # of the original: what the steps before moved is not to be kept
-        short = replace(settings, steps=HOW[how] // count)
+            return merged(model, attacks, concepts, settings, self.runtime, held)
+        short = replace(settings, steps=settings.cycles(model) * (1 + settings.inner_steps) // count)
         for concept in concepts:
             found = immunize_in_episodes(model, attacks, [concept], short, self.runtime, held).weights
             model.unet.load_state_dict(found, strict=False)
@@ -113,7 +112,7 @@ def merged(
     attacks: Sequence[Attack],
     concepts: Sequence[Concept],
     settings: EpisodesSettings,
-    home: Several,
+    runtime: Runtime,
     retention: Retention,
 ) -> dict[str, Tensor]:
     """MIMA's loop with imma's margin and retention: a step of every attacker, the merge, an outer step through it.
@@ -122,22 +121,24 @@ def merged(
     attackers are those that add parameters.
     """
     rng = random.Random(settings.seed)
-    defender = Defender(model, settings, retention, home.runtime)
+    defender = Defender(model, settings, retention, runtime)
     latents = [encode(model, concept.images) for concept in concepts]
     regular = prompts_beside([c.name for c in concepts], vocabulary_of(model), REGULAR, settings.seed)
     merge = Merge(model, concepts, regular)
-    cycles = (settings.steps or 0) // 2
+    cycles = settings.cycles(model)
+    steps = MERGED_EPISODE * settings.inner_steps
     for first in range(0, cycles, MERGED_EPISODE):
         with ExitStack() as stack:
             attack = rng.choice([attack for attack in attacks if not attack.in_place])
             episodes = [
-                stack.enter_context(episode_of(model, attack, c, z, MERGED_EPISODE, settings, defender, rng))
+                stack.enter_context(episode_of(model, attack, c, z, steps, settings, defender, rng))
                 for c, z in zip(concepts, latents, strict=True)
             ]
             batches = [iter(episode.batches) for episode in episodes]
             for cycle in range(first, min(first + MERGED_EPISODE, cycles)):
                 for episode, batch in zip(episodes, batches, strict=True):
-                    episode.attacker_step(next(batch), home.runtime)
+                    for _ in range(settings.inner_steps):
+                        episode.attacker_step(next(batch), runtime)
                 attacked = episodes[cycle % len(episodes)]
                 merge(episodes)
                 of_merged = dict(merge.model.unet.named_parameters())

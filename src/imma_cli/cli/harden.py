@@ -47,6 +47,10 @@ def harden(
             "uce: edit its keys and values at once."
         ),
     ] = None,
+    preset: Annotated[
+        Literal["quick", "standard"],
+        typer.Option(help="With episodes: quick makes a third of the steps, for a first look."),
+    ] = "standard",
     strength: Annotated[
         Literal["low", "medium", "high"],
         typer.Option(help="With episodes: how far predictions for other prompts may move for it."),
@@ -104,7 +108,7 @@ def harden(
     attacks, concepts, opened = inputs(refusals, checkpoint, config, attack, concept, images)
     if outer_learning_rate is not None and not 0 < outer_learning_rate < float("inf"):
         refusals.add(f"--outer-learning-rate must be a positive number, not {outer_learning_rate:g}.")
-    check_methods(refusals, method, erase, attack, strength, keep or [], concept)
+    check_methods(refusals, method, erase, attack, strength, keep or [], concept, preset, steps)
     if method == "none":
         check_unused(
             refusals,
@@ -138,6 +142,8 @@ def harden(
     if not named and not model.is_small:
         # a second copy of all weights and their optimizer's states would be needed; who has the memory can name them
         attacks = [each for each in attacks if not each.in_place]
+    if preset == "quick":
+        steps = hardening.quick_steps(model)
     settings = hardening.settings_for(method, protect, strength, steps, outer_learning_rate, batch_size, seed)
     erasing_settings = erasing_settings_for(model, erase, seed) if erase else None
     drawing_seconds = 0.0

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 FEWEST_KEPT = 8
 
 
+def quick_steps(model: Model) -> int:
+    """Enough to see that hardening works, too few to harden as far as it goes."""
+    from imma_cli.immunizers.settings import defaults_for
+
+    return defaults_for(model).steps // 3
+
+
 def settings_for(
     method: Literal["episodes", "imma", "maximize", "none"],
     protect: Protect,

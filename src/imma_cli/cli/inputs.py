@@ -22,6 +22,8 @@ def check_methods(
     strength: str,
     keep: Sequence[str],
     concept: Sequence[str],
+    preset: str,
+    steps: int | None,
 ) -> None:
     """Leave in *refusals* what does not go with the methods of hardening and of erasing."""
     if method != "none" and not attack:
@@ -40,6 +42,10 @@ def check_methods(
     for name in concept:
         if name.strip() and any(name.strip().lower() in prompt.lower() for prompt in keep):
             refusals.add(f"A --keep names {name!r}, which is what must not stay.")
+    if preset == "quick" and method != "episodes":
+        refusals.add("--preset quick belongs to --method episodes.")
+    if preset == "quick" and steps is not None:
+        refusals.add("--preset quick and --steps both say how many steps: give one.")
     if method != "episodes" and strength != "medium":
         refusals.add("--strength belongs to --method episodes.")
     if method != "episodes" and erase != "uce" and keep:
