@@ -15,7 +15,7 @@ STYLE := demo/concepts/high-contrast-style
 .PHONY: help demo test lint types docs clean
 
 help:
-	@echo "make demo    install into $(VENV); harden the demo model against LoRA, then attack it"
+	@echo "make demo    install into $(VENV); harden the demo model, then attack it"
 	@echo "make test    install what the tests need; run them"
 	@echo "make lint    ruff          make types   mypy"
 	@echo "make docs    build the documentation into site/"
@@ -32,7 +32,7 @@ demo/model.safetensors: | $(VENV)/installed
 
 demo/model-immunized.safetensors: demo/model.safetensors
 	imma harden demo/model.safetensors --concept "high contrast style" \
-	  --images $(STYLE)/defend --attack lora --output $@ --force
+	  --images $(STYLE)/defend --output $@ --force
 
 demo/verified.txt: demo/model-immunized.safetensors
 	@rm -rf demo/report

@@ -108,7 +108,7 @@ UNSEEN = (
     "full-finetune:learning_rate=0.0003,optimizer=radam,captions=nameless,schedule=linear",
     "dreambooth:token=zwx,prior_weight=0.3,warmup=0.3",
 )
-"""Settings that no hardening simulates: ten times the rate, long warm-up, other optimizers, captions and tokens."""
+"""Settings whose combination of rate, token or kind no hardening simulates."""
 
 
 def first_party() -> list[str]:

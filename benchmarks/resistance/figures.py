@@ -33,6 +33,8 @@ class Attacked:
     prevented: Estimate
     """The share of the attacker's gain in denoising loss on unseen pictures that the defence prevented."""
     recovery: Recovery
+    works: bool
+    """Whether the attack takes enough off the loss on the undefended model to count."""
     failed: int
     """Trials on the defended models in which training blew up."""
 
@@ -116,6 +118,7 @@ def _attacks(own: Sequence[Line], reference: Sequence[Line], kind: str) -> tuple
                 _sgr(pairs, list(originals.values())),
                 _prevented(pairs),
                 steps_to_recover(_curve([p[0] for p in pairs]), _curve([p[1] for p in pairs]), lower_is_better=True),
+                _works([original for original, _ in pairs]),
                 sum(not line["losses"] for line in others),
             )
         )
@@ -132,6 +135,10 @@ def _sgr(pairs: Sequence[tuple[Line, Line]], originals: Sequence[Line]) -> dict[
     return found
 
 
+def _works(originals: Sequence[Line]) -> bool:
+    return fmean(min(o["losses"]) for o in originals) < (1 - LEAST_GAIN) * fmean(o["losses"][0] for o in originals)
+
+
 def _prevented(pairs: Sequence[tuple[Line, Line]]) -> Estimate:
     # the best point of each course: an attacker whose training begins to overfit stops there
     start, end, other = (
@@ -142,8 +149,7 @@ def _prevented(pairs: Sequence[tuple[Line, Line]]) -> Estimate:
             [min(h["losses"]) for _, h in pairs],
         )
     )
-    works = end.mean() < (1 - LEAST_GAIN) * start.mean()
-    return estimate(lambda s, e, h: (h - e) / np.where(works & (s > e), s - e, np.nan), start, end, other)
+    return estimate(lambda s, e, h: (h - e) / np.where(s > e, s - e, np.nan), start, end, other)
 
 
 def _untouched(own: Sequence[Line]) -> dict[str, Estimate]:
@@ -170,34 +176,49 @@ def _extreme(
 
 HEAD = (
     *("case", "defence", "worst-case SGR", "by", "least gain prevented", "by", "least delay"),
+    *("least prevented, five times as long", "least prevented, undoing"),
     *("benign SGR", "untouched", "s to harden", "MB", "attacks", "defence seeds"),
 )
+APART = ("long", "undoing")
+"""Attackers with columns of their own: another budget, or one defence alone."""
 
 
 def table(found: Sequence[Figures]) -> str:
     """Markdown. Intervals are 95 % over seeds and pictures."""
     rows = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     for each in found:
-        worst, price = each.worst(), each.price()
-        least = min(each.harmful, key=lambda a: a.prevented.estimate if a.prevented.estimate is not None else 9.0)
-        delays = [a.delay for a in each.harmful if a.delay is not None]
+        plain = [a for a in each.harmful if a.found not in APART and a.works]
+        worst, price = each.worst(lambda a: a.found not in APART), each.price()
+        least = _least(plain)
+        delays = [a.delay for a in plain if a.delay is not None]
         untouched = min(each.untouched.values(), key=lambda e: e.estimate or 0.0, default=None)
+        apart = (_least([a for a in each.harmful if a.found == kind and a.works]) for kind in APART)
         cells = [
             *(each.case, each.row),
             *(
                 "—" if worst is None else _percent(worst[2]),
                 "" if worst is None else f"`{worst[0].attack}`, {worst[1]}",
             ),
-            *(_percent(least.prevented), f"`{least.attack}`"),
+            *("—" if least is None else _percent(least.prevented), "" if least is None else f"`{least.attack}`"),
             f"{min(delays):.1f} ×" if delays else "beyond the budget",
+            *("—" if a is None else f"{_percent(a.prevented)}, `{a.attack}`" for a in apart),
             "—" if price is None else f"{_percent(price[2])} ({price[0].on}, {price[1]})",
             "—" if untouched is None else _number(untouched),
             "—" if each.seconds is None else f"{each.seconds:.0f}",
             "—" if each.peak_bytes is None else f"{each.peak_bytes / 1e6:.0f}",
-            *(str(len(each.harmful)), str(each.defences)),
+            *(str(len(plain)), str(each.defences)),
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def _least(attacks: Sequence[Attacked]) -> Attacked | None:
+    """Of whose gain least is prevented."""
+    return min((a for a in attacks if a.prevented.estimate is not None), key=_prevented_share, default=None)
+
+
+def _prevented_share(attacked: Attacked) -> float:
+    return 9.0 if attacked.prevented.estimate is None or not attacked.works else attacked.prevented.estimate
 
 
 def attack_table(each: Figures) -> str:
@@ -205,7 +226,7 @@ def attack_table(each: Figures) -> str:
     metrics = sorted({m for a in each.harmful for m in a.sgr})
     head = ["attack", "", "steps", *(f"SGR {m}" for m in metrics), "gain prevented", "to recover", "undefended"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for a in sorted(each.harmful, key=lambda a: a.prevented.estimate or 0.0):
+    for a in sorted(each.harmful, key=_prevented_share):
         steps = f"> {a.recovery.censored_at}" if a.recovery.steps is None else f"{a.recovery.steps:.0f}"
         original = a.recovery.original_steps
         cells = [
@@ -214,7 +235,11 @@ def attack_table(each: Figures) -> str:
             str(a.budget),
             *(_percent(a.sgr[m]) if m in a.sgr else "no gain" for m in metrics),
         ]
-        cells += [_percent(a.prevented), steps, "—" if original is None else f"{original:.0f}"]
+        cells += [
+            _percent(a.prevented) if a.works else "no gain",
+            steps,
+            "—" if original is None else f"{original:.0f}",
+        ]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
@@ -242,16 +267,16 @@ def plot(found: Sequence[Figures], lines: Iterable[Line], folder: Path) -> list[
         figure = Figure(figsize=(10, 4), layout="constrained")
         curves, prices = figure.subplots(1, 2)
         attack = min(
-            (a for each in rows for a in each.harmful if a.found == "default"),
-            key=lambda a: a.prevented.estimate or 0.0,
+            (a for each in rows for a in each.harmful if a.found == "default" and a.works),
+            key=_prevented_share,
             default=rows[0].harmful[0],
         )
         for row in (UNDEFENDED, *(each.row for each in rows)):
             own = [
                 line
                 for line in everything
-                if (line["kind"], line["case"], line["row"], line.get("attack"))
-                == ("harmful", case, row, attack.attack)
+                if (line["kind"], line["case"], line["row"], line.get("attack"), line.get("budget"))
+                == ("harmful", case, row, attack.attack, attack.budget)
                 and line["losses"]
             ]
             if own:
@@ -263,7 +288,7 @@ def plot(found: Sequence[Figures], lines: Iterable[Line], folder: Path) -> list[
         )
         curves.legend()
         for each in rows:
-            least = min((a.prevented.estimate or 0.0) for a in each.harmful)
+            least = min(_prevented_share(a) for a in each.harmful if a.found not in APART)
             kept = min((e.estimate or 0.0 for e in each.untouched.values()), default=None)
             if kept is not None:
                 prices.scatter([kept], [100 * least])

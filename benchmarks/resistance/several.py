@@ -31,6 +31,7 @@ from trials import Plan, Trials
 from imma_cli.attacks.attack import Attack
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
+from imma_cli.attacks.training import NotFiniteError
 from imma_cli.checkpoints import open_checkpoint
 from imma_cli.cli.hardening import retention_for
 from imma_cli.concepts.batches import conditioning_of, encode
@@ -93,16 +94,18 @@ class Several:
         names = [concept.name for concept in concepts]
         keep = [prompt for prompt in keeps(CASES["style"]) if not any(name in prompt for name in names)]
 
-        held = retention_for(
-            model, concepts, settings, self.runtime, keep, quiet=True
-        )  # of the original: what an earlier concept moved is not to be kept
+        def held(of: Sequence[Concept], settings: EpisodesSettings) -> Retention:
+            return retention_for(model, of, settings, self.runtime, keep, quiet=True)
+
         if how == "in turns":
-            return immunize_in_episodes(model, attacks, concepts, settings, self.runtime, held).weights
+            everything = held(concepts, settings)
+            return immunize_in_episodes(model, attacks, concepts, settings, self.runtime, everything).weights
         if how == "merged":
-            return merged(model, attacks, concepts, settings, self.runtime, held)
+            return merged(model, attacks, concepts, settings, self.runtime, held(concepts, settings))
         short = replace(settings, steps=settings.cycles(model) * (1 + settings.inner_steps) // count)
-        for concept in concepts:
-            found = immunize_in_episodes(model, attacks, [concept], short, self.runtime, held).weights
+        for concept in concepts:  # each is a run of its own, to which what the last one left is the original
+            alone = held([concept], short)
+            found = immunize_in_episodes(model, attacks, [concept], short, self.runtime, alone).weights
             model.unet.load_state_dict(found, strict=False)
         return {name: w.detach().clone() for name, w in protected_weights(model.unet, settings.protect).items()}
 
@@ -135,15 +138,18 @@ def merged(
                 for c, z in zip(concepts, latents, strict=True)
             ]
             batches = [iter(episode.batches) for episode in episodes]
-            for cycle in range(first, min(first + MERGED_EPISODE, cycles)):
-                for episode, batch in zip(episodes, batches, strict=True):
-                    for _ in range(settings.inner_steps):
-                        episode.attacker_step(next(batch), runtime)
-                attacked = episodes[cycle % len(episodes)]
-                merge(episodes)
-                of_merged = dict(merge.model.unet.named_parameters())
-                weights = [of_merged[name] for name in defender.named]
-                defender.step(replace(attacked, model=merge.model, weights=weights), cycle / cycles)
+            try:
+                for cycle in range(first, min(first + MERGED_EPISODE, cycles)):
+                    for episode, batch in zip(episodes, batches, strict=True):
+                        for _ in range(settings.inner_steps):
+                            episode.attacker_step(next(batch), runtime)
+                    merge(episodes)
+                    of_merged = dict(merge.model.unet.named_parameters())
+                    weights = [of_merged[name] for name in defender.named]
+                    attacked = replace(episodes[cycle % len(episodes)], model=merge.model, weights=weights)
+                    defender.step(attacked, cycle / cycles)
+            except NotFiniteError:  # as in turns: the next attackers begin anew
+                continue
     return {name: weight.detach().clone() for name, weight in defender.named.items()}
 
 

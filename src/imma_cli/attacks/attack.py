@@ -122,6 +122,11 @@ class Attack(Plugin):
         Leaving the context gives the model back bit-identical, also after an exception.
         """
 
+    @classmethod
+    def is_simulated(cls) -> bool:
+        """Whether this class, not one it derives from, says that hardening simulates it."""
+        return bool(vars(cls).get("simulated"))
+
     def require_family(self, family: Family) -> None:
         """Raises ImmaError where the attack cannot be attached to models of *family*."""
         if self.families is not None and family.name not in self.families:

@@ -132,7 +132,7 @@ class Registry(Generic[P]):
 
 def simulated(registry: Registry[Attack]) -> list[str]:
     """The names of the attacks that hardening simulates where the user names none."""
-    return sorted(name for name, found in registry.found.items() if vars(found.cls).get("simulated"))
+    return sorted(name for name, found in registry.found.items() if found.cls.is_simulated())
 
 
 def discover(plugins: Iterable[EntryPoint] | None = None) -> Registry[Attack]:

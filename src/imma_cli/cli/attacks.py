@@ -55,14 +55,15 @@ def attacks(
 def _facts(attack: type[Attack], *, shown: bool = False) -> dict[str, Any]:
     """What the listing says of an attack; *shown* to people, or as JSON, where no families means every family."""
     if shown:
-        default = "; hardened against by default" if vars(attack).get("simulated") else ""
+        small = " on small models" if attack.in_place else ""
+        default = f"; hardened against by default{small}" if attack.is_simulated() else ""
         return {"summary": f"{attack.summary}\ntrains {attack.trains or '?'}{default}", "families": _families(attack)}
     return {
         "summary": attack.summary,
         "trains": attack.trains,
         "paper": attack.paper,
         "families": attack.families,
-        "simulated": bool(vars(attack).get("simulated")),
+        "simulated": attack.is_simulated(),
     }
 
 

@@ -27,6 +27,5 @@ def demo(
     out.print("\nNext:")
     out.print(
         f'  imma harden {folder / "model.safetensors"} --concept "{concept.text}" '
-        f"--images {folder / 'concepts' / name / 'defend'} --attack NAME"
+        f"--images {folder / 'concepts' / name / 'defend'}"
     )
-    out.print("with one of the names that 'imma attacks' lists.")

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from imma_cli.cli import erasing, hardened, hardening
 from imma_cli.cli.console import Refusals, err, print_json
-from imma_cli.cli.inputs import beside, check_methods, check_unused, default_attacks, inputs
+from imma_cli.cli.inputs import beside, check_methods, check_unused, inputs
 from imma_cli.cli.progress import waiting
 
 
@@ -103,12 +103,12 @@ def harden(
     """Immunize a checkpoint against fine-tuning on a concept, and write it in the layout it came in."""
     refusals = Refusals("The checkpoint cannot be hardened like this.")
     target = output or beside(checkpoint)
-    named = bool(attack)
-    attack = attack or (default_attacks() if method == "episodes" else [])
-    attacks, concepts, opened = inputs(refusals, checkpoint, config, attack, concept, images)
+    attacks, concepts, opened = inputs(
+        refusals, checkpoint, config, attack or [], concept, images, default=method == "episodes"
+    )
     if outer_learning_rate is not None and not 0 < outer_learning_rate < float("inf"):
         refusals.add(f"--outer-learning-rate must be a positive number, not {outer_learning_rate:g}.")
-    check_methods(refusals, method, erase, attack, strength, keep or [], concept, preset, steps)
+    check_methods(refusals, method, erase, attack or [], strength, keep or [], concept, preset, steps)
     if method == "none":
         check_unused(
             refusals,
@@ -139,12 +139,13 @@ def harden(
             err.print(f"[yellow]Note:[/] {escape(notice)}")
     with waiting("Reading the checkpoint", quiet=json):
         model = runtime.apply(opened.load(), gradient_checkpointing=gradient_checkpointing)
-    if not named and not model.is_small:
+    if not attack and not model.is_small:
         # a second copy of all weights and their optimizer's states would be needed; who has the memory can name them
         attacks = [each for each in attacks if not each.in_place]
     if preset == "quick":
         steps = hardening.quick_steps(model)
     settings = hardening.settings_for(method, protect, strength, steps, outer_learning_rate, batch_size, seed)
+    settings = hardening.checked(settings, model, len(attacks) * len(concept))
     erasing_settings = erasing_settings_for(model, erase, seed) if erase else None
     drawing_seconds = 0.0
     if settings and not images:

@@ -57,12 +57,26 @@ def provenance(
             {"name": c.name, "images": c.origin, "sha256": list(c.hashes), "captions_sha256": hashed(c.captions)}
             for c in concepts
         ],
-        "attacks": [record(a) | {"rates": asdict(a.rates(model))} for a in attacks],
+        "attacks": [record(a) | _simulated(a, model, settings) for a in attacks],
         "settings": {"method": "episodes"} | held | own,
         **({"simulated_steps": simulated_steps} if simulated_steps else {}),
         "runtime": asdict(runtime),
         **({"erase": asdict(erasing_settings)} if erasing_settings else {}),
     }
+
+
+def _simulated(attack: Attack, model: Model, settings: HardeningSettings | None) -> dict[str, Any]:
+    """What hardening took from the attack besides its settings."""
+    from dataclasses import asdict
+
+    from imma_cli.immunizers.settings import EpisodesSettings
+
+    rates = asdict(attack.rates(model))
+    if not isinstance(settings, EpisodesSettings):
+        return {"rates": rates}
+    # rate and steps of the outer loop are the settings'; what the user did not give was drawn anew for every attacker
+    taken = {name: rates[name] for name in ("learning_rate", "max_grad_norm")}
+    return {"rates": taken, "given": sorted(attack.given)}
 
 
 @dataclass(frozen=True)
@@ -177,7 +191,7 @@ def say_done(
         )
     if losses["immunizer_first"] is not None:
         out.print(
-            f"  loss that the immunizer raises, right after the attacker's step: {losses['immunizer_first']:.4f} at first, {losses['immunizer_last']:.4f} at last"
+            f"  loss that the immunizer raises, of the attacked model: {losses['immunizer_first']:.4f} at first, {losses['immunizer_last']:.4f} at last"
         )
     say_checks(result)
     if written.dropped:

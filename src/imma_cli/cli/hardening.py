@@ -50,6 +50,20 @@ def settings_for(
     return ImmunizerSettings(method, protect, steps, outer_learning_rate, batch_size, seed)
 
 
+def checked(settings: HardeningSettings | None, model: Model, pairs: int) -> HardeningSettings | None:
+    """*settings* with the numbers that depend on the model's size, where episodes are to be.
+
+    Raises:
+        ImmaError: there are too few steps for *pairs* attacks on concepts.
+    """
+    from imma_cli.immunizers.settings import EpisodesSettings
+
+    if not isinstance(settings, EpisodesSettings):
+        return settings
+    settings.require_enough(model, pairs)
+    return settings.resolved(model)
+
+
 def draw_all(model: Model, names: Sequence[str], count: int, seed: int, *, quiet: bool) -> tuple[list[Concept], float]:
     """*count* pictures of each concept by the model itself, and the seconds that took."""
     from imma_cli.concepts.drawing import draw_concept

@@ -26,12 +26,10 @@ def check_methods(
     steps: int | None,
 ) -> None:
     """Leave in *refusals* what does not go with the methods of hardening and of erasing."""
-    if method != "none" and not attack:
+    if method not in ("none", "episodes") and not attack:
         refusals.add(
             "There is no --attack to immunize against.",
-            "imma attacks lists the names. To erase without hardening, give --method none with --erase."
-            if method != "episodes"
-            else "No installed plugin is simulated by default: name one that imma attacks lists.",
+            "imma attacks lists the names. To erase without hardening, give --method none with --erase.",
         )
     if method == "none" and attack:
         refusals.add("--method none simulates no attack: leave out --attack.")
@@ -50,13 +48,6 @@ def check_methods(
         refusals.add("--strength belongs to --method episodes.")
     if method != "episodes" and erase != "uce" and keep:
         refusals.add("--keep belongs to --method episodes and --erase uce: nothing else holds on to prompts.")
-
-
-def default_attacks() -> list[str]:
-    """Those that hardening simulates where the user names none."""
-    from imma_cli.attacks.manager import discover, simulated
-
-    return simulated(discover())
 
 
 def check_unused(refusals: Refusals, given: Mapping[str, bool]) -> None:
@@ -81,14 +72,19 @@ def inputs(
     attack: list[str],
     concept: list[str],
     images: list[Path] | None,
+    default: bool,
 ) -> tuple[list[Attack] | None, list[Concept], Checkpoint | None]:
-    """Everything the user named, checked without loading a weight; what is wrong is left in *refusals*."""
-    from imma_cli.attacks.manager import discover
+    """Everything the user named, checked without loading a weight; what is wrong is left in *refusals*.
+
+    *default*: where no attack is named, those are taken that are simulated by default and fit the model's family.
+    """
+    from imma_cli.attacks.manager import discover, simulated
     from imma_cli.attacks.settings import parse_attacks
     from imma_cli.checkpoints import open_checkpoint
     from imma_cli.concepts.folders import read_concept
 
-    attacks = refusals.check(parse_attacks, attack, discover())
+    registry = discover()
+    attacks = refusals.check(parse_attacks, attack or (simulated(registry) if default else []), registry)
     if any(not name.strip() for name in concept):
         refusals.add("A --concept is empty.")
     repeated = sorted({name for name in concept if concept.count(name) > 1})
@@ -101,6 +97,8 @@ def inputs(
     pairs = zip(concept, images or [], strict=False)
     concepts = [c for name, folder in pairs if (c := refusals.check(read_concept, name, folder)) is not None]
     opened = refusals.check(open_checkpoint, checkpoint, config)
+    if opened is not None and not attack:
+        attacks = [each for each in attacks or () if each.families is None or opened.family.name in each.families]
     if opened is not None:
         for each in attacks or ():
             refusals.check(each.require_family, opened.family)

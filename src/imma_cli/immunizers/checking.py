@@ -38,7 +38,7 @@ LEAST_GAIN = 0.01
 
 @dataclass(frozen=True)
 class Check:
-    """What short attacks got after *cycle* cycles, on average over the attacks and concepts."""
+    """What short attacks got after *cycle* cycles, on average over the attacks on concepts that are tried."""
 
     cycle: int
     loss: float

@@ -64,15 +64,20 @@ class Defender:
         self.optimizer.param_groups[0]["lr"] = self.rate * (1 - done if self.settings.anneal else 1)
         batch = _outer_batch(episode.batches, self.settings.outer_batch)
         with trainable(episode.weights):
-            aim, loss = self.objective(episode.attack, episode.model, batch)
+            missing, loss = self.objective(episode.attack, episode.model, batch)
             require_finite(loss)
-            if not aim.requires_grad:
+            if not missing.requires_grad:
                 raise ImmaError(
                     f"The loss of {episode.attack.name} depends on none of the weights that may change.",
                     hint="It computes with copies of them. Name another --protect, or leave this attack out.",
                 )
-            harmful = torch.autograd.grad(aim, episode.weights, allow_unused=True)
+            harmful = torch.autograd.grad(missing, episode.weights, allow_unused=True)
         drift, kept = self._held()
+        for gradients in (
+            harmful,
+            kept,
+        ):  # a loss may be finite where its gradient is not; the weights stay as they were
+            require_finite(_length(gradients))
         self._descend(_clipped(harmful), kept, episode)
         self._price(drift)
         return float(loss.detach()), drift
@@ -113,8 +118,11 @@ def _outer_batch(pictures: TrainingSet, size: int) -> Batch:
     return pictures.batch(rows.tolist())
 
 
+def _length(gradients: Sequence[Tensor | None]) -> Tensor:
+    return torch.sqrt(sum((g.square().sum() for g in gradients if g is not None), torch.zeros(())))
+
+
 def _clipped(gradients: Sequence[Tensor | None], norm: float = 1.0) -> list[Tensor | None]:
     """*gradients* together no longer than *norm*, as the published code clips them."""
-    length = torch.sqrt(sum((g.square().sum() for g in gradients if g is not None), torch.zeros(())))
-    scale = norm / max(norm, float(length) + 1e-12)
+    scale = norm / max(norm, float(_length(gradients)) + 1e-12)
     return [None if g is None else g * scale for g in gradients]

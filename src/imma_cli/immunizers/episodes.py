@@ -2,7 +2,7 @@
 
     min over θ   E[ max(0, m · L(x_u, c; θ₀) − L(x_u, c; θ, φ)) ]   subject to   drift(θ) ≤ limit
 
-where θ₀ is the original and φ follows an attacker who was drawn for the episode and began anew from the weights as they
+where L is the mean over the pictures of an outer step, θ₀ is the original and φ follows an attacker who was drawn for the episode and began anew from the weights as they
 then were. Against the published loop (arXiv 2311.18815) this differs: the attackers vary and start afresh (ResAlign,
 arXiv 2507.16302), the loss is raised to a margin instead of without end (SOPHON, arXiv 2404.12699, has bounded losses
 too), and the original's predictions on other prompts are distilled under a Lagrange multiplier.
@@ -22,7 +22,6 @@ from imma_cli.attacks.attack import Attack
 from imma_cli.attacks.training import Attacker, NotFiniteError
 from imma_cli.concepts.batches import Latents, TrainingSet, encode
 from imma_cli.concepts.concept import Concept
-from imma_cli.errors import ImmaError
 from imma_cli.families.model import Model
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.checking import Check, QuickCheck
@@ -52,14 +51,9 @@ def immunize_in_episodes(
         NotFiniteError: a loss became NaN or infinite, whoever attacked.
         ImmaError: an attack cannot be attached, its loss depends on none of the weights, or there are too few steps.
     """
-    cycles = settings.cycles(model)
     pairs = len(attacks) * len(concepts)
-    if cycles < pairs:
-        fewest = (1 + settings.inner_steps) * pairs
-        raise ImmaError(
-            f"{pairs} attacks on concepts cannot all be simulated in {settings.steps} steps.",
-            hint=f"Give --steps {fewest} at least, and for any effect hundreds.",
-        )
+    settings.require_enough(model, pairs)
+    cycles = settings.cycles(model)
     defender = Defender(model, settings, retention, runtime)
     before = [weight.detach().clone() for weight in defender.weights]
     result = Immunized({}, simulated_steps=settings.cycles_of_episode(cycles, pairs)[1] * settings.inner_steps)
@@ -121,13 +115,14 @@ def _run(
                             inner = episode.attacker_step(next(batches), runtime)
                         loss, drift = defender.step(episode, cycle / cycles)
                         cycle += 1
-                        blown_up = 0
                         yield Step(cycle, cycles, attack.name, concept.name, inner, loss, drift)
                 except NotFiniteError:
                     # a drawn rate may be too high for the drawn optimizer; the next attacker begins anew anyway
                     blown_up += 1
                     if not settings.vary or blown_up == BLOWN_UP:
                         raise
+                else:
+                    blown_up = 0
 
 
 @contextmanager

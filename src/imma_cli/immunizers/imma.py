@@ -67,7 +67,7 @@ class Immunized:
     taken: Check | None = None
     """The check whose state the weights are; None: they are as at the end."""
     simulated_steps: int | None = None
-    """The most steps that a simulated attacker made, where every one began anew."""
+    """The most steps that a simulated attacker may have made, where every one began anew."""
     unreached: tuple[str, ...] = ()
     """Weights of S_u that no attack's loss depended on, as the attacks computed with copies of them: they did not move."""
 

@@ -25,9 +25,9 @@ Aim = Literal["relative", "absolute", "original"]
 class Objective:
     """The scalar that an outer step lowers.
 
-    relative: max(0, margin · L₀ - L), where L is the attacked model's loss and L₀ the original's on the same noised pictures.
-    So the effort goes to where the attacker has gained something, and to no more than that; a noise level at which nobody
-    does well counts as much as one at which everybody does.
+    relative: max(0, margin · L₀ - L), where L is the attacked model's loss and L₀ the original's, both the mean over the same
+    noised pictures. Where noise makes the loss small for everybody, a small loss is enough. An attack's `concept_loss` has
+    to be on the scale of its family's loss.
 
     absolute: max(0, margin - L).
 

@@ -39,6 +39,8 @@ DRAWING_STEPS = 10
 AT_ONCE = 16
 GUIDANCE = (1.0, 7.0)
 """The scales of classifier-free guidance (arXiv 2207.12598) that people draw with, from none to strong."""
+PLAIN = 0.5
+"""Share of the predictions that are held as they are, without guidance: ordinary fine-tuning begins with those."""
 UNFAMILIAR = 0.5
 
 
@@ -145,14 +147,13 @@ def retain(
     latents = encode(model, pictures).mean
     generator = torch.Generator().manual_seed(seed)
     count = len(prompts) * noisings
-    low, high = guidance
     kept = Retention(
         latents,
         conditioning_of(model, prompts),
         conditioning_of(model, [""])[0],
         torch.randn((count, *latents.shape[1:]), generator=generator).to(latents.device),
         torch.randint(model.family.training_timesteps(model), (count,), generator=generator).to(latents.device),
-        (low + (high - low) * torch.rand(count, generator=generator)).to(latents.device),
+        _scales(guidance, count, generator).to(latents.device),
         torch.empty(2, count, *latents.shape[1:], device=latents.device),
         held_out=max(1, min(len(prompts), count // 4)),
     )
@@ -160,3 +161,9 @@ def retain(
         with runtime.autocast():
             kept.predicted[:, rows] = kept.predict(model, rows).float()
     return kept
+
+
+def _scales(guidance: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
+    low, high = guidance
+    drawn = low + (high - low) * torch.rand(count, generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < PLAIN, torch.ones(count), drawn)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from imma_cli.errors import ImmaError
 from imma_cli.immunizers.checking import STEPS
 from imma_cli.immunizers.objectives import Aim
 from imma_cli.immunizers.scope import Protect
@@ -56,6 +57,26 @@ class EpisodesSettings:
     def cycles(self, model: Model) -> int:
         """How many outer steps there are."""
         return max(1, (self.steps or defaults_for(model).steps) // (1 + self.inner_steps))
+
+    def require_enough(self, model: Model, pairs: int) -> None:
+        """Raises ImmaError where not each of *pairs* attacks on concepts can be simulated."""
+        if not pairs:
+            raise ImmaError("There is no attack to immunize against.", hint="imma attacks lists the names.")
+        steps, fewest = self.steps or defaults_for(model).steps, (1 + self.inner_steps) * pairs
+        if steps < fewest:
+            raise ImmaError(
+                f"{pairs} attacks on concepts cannot all be simulated in {steps} steps.",
+                hint=f"Give --steps {fewest} at least, and for any effect hundreds.",
+            )
+
+    def resolved(self, model: Model) -> EpisodesSettings:
+        """With the numbers that depend on the model's size."""
+        sizes = defaults_for(model)
+        return replace(
+            self,
+            steps=self.steps or sizes.steps,
+            outer_learning_rate=self.outer_learning_rate or sizes.outer_learning_rate,
+        )
 
     def checks_in(self, cycles: int) -> int:
         """How many short attacks a run of *cycles* outer steps is worth."""
