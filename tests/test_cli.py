@@ -78,6 +78,9 @@ def test_where_nobody_names_an_attack_strong_ones_are_simulated(
     assert record["settings"]["method"] == "episodes"
     assert record["simulated_steps"] == record["settings"]["inner_steps"] * 6 / len(marked)
     assert len(report["steps"]) == 6
+    assert record["settings"]["steps"] == 18
+    assert record["settings"]["outer_learning_rate"] > 0
+    assert "outer_learning_rate" not in record["attacks"][0]["rates"]
 
 
 def test_without_pictures_the_model_draws_them(imma, tiny_checkpoint, tiny_config, tmp_path) -> None:
@@ -149,6 +152,19 @@ def test_a_dry_run_says_what_would_happen(imma, tiny_checkpoint, tiny_config, pi
     assert "sdpa" in out
     assert "160 tensors" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_steps_are_refused_before_anything_is_drawn(
+    imma, tiny_checkpoint, tiny_config, pictures, tmp_path
+) -> None:
+    for more in ((), ("--dry-run",)):
+        code, out, err = imma(
+            "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures, "--steps", 8,
+            "--output", tmp_path / "hard.safetensors", *more,
+        )  # fmt: skip
+        assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
+        assert "Give --steps 9 at least" in " ".join(err.split())
+        assert "Drawing" not in err
 
 
 def test_the_quick_preset_makes_a_third_of_the_steps(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:

@@ -314,3 +314,25 @@ def test_checking_stays_cheap(tiny_model: Model, retention: Retention) -> None:
     assert SHORT.checks_in(1000) == 0
     assert EpisodesSettings().checks_in(1000) == 5
     assert EpisodesSettings().checks_in(checking.STEPS - 1) == 0
+
+
+def test_without_an_attack_there_is_nothing_to_harden(tiny_model: Model, retention: Retention) -> None:
+    with pytest.raises(ImmaError, match="no attack to immunize against"):
+        harden(tiny_model, retention)
+
+
+def test_gradients_that_are_not_finite_change_no_weight(
+    tiny_model: Model, retention: Retention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is finite where its gradient is not; the run ends, since it is no attacker's fault."""
+
+    def spoilt(self: Retention, model: Model, *_: Any) -> Tensor:
+        return torch.stack(
+            [(0 * p).sum().abs().sqrt() for p in model.unet.parameters()]
+        ).sum()  # 0, with slope infinite
+
+    monkeypatch.setattr(Retention, "drift", spoilt)
+    before = copy.deepcopy(tiny_model.unet.state_dict())
+    with pytest.raises(NotFiniteError):
+        harden(tiny_model, retention, "lora", steps=40)
+    assert all(torch.equal(before[name], weight) for name, weight in tiny_model.unet.state_dict().items())

@@ -103,6 +103,7 @@ def test_the_page_shows_what_the_raw_lines_say(figures: Any) -> None:
     assert figures.table(found) in page
     assert all(figures.attack_table(each) in page for each in found)
     changed = lines.Lines(lines.RESULTS / "ablation.jsonl")
-    assert figures.table(figures.figures(changed, ablation.VARIANTS)) in page
+    assert figures.comparison(figures.figures(changed, ablation.VARIANTS), ablation.attackers()) in page
+    assert figures.comparison(ablation.explored(), ablation.attackers()) in page
     together = lines.Lines(lines.RESULTS / "several.jsonl")
     assert figures.table(figures.figures(together, several.ROWS)) in page

@@ -20,12 +20,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from cases import CASES, SIMULATED, UNDEFENDED, UNSEEN, keeps, pictures
-from figures import figures, table
+from figures import Figures, comparison, figures
 from lines import RESULTS, Lines, put_on_page
 from trials import Plan, Trials
 
 from imma_cli.attacks.manager import discover
-from imma_cli.attacks.settings import parse_attacks
+from imma_cli.attacks.settings import parse_attacks, spec
 from imma_cli.checkpoints import open_checkpoint
 from imma_cli.cli.hardening import kept_prompts
 from imma_cli.demo import write_demo
@@ -121,7 +121,11 @@ def main() -> None:
     parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by semicolons")
     parser.add_argument("--defence-seeds", type=int, default=1)
     parser.add_argument("--attack-seeds", type=int, default=2)
+    parser.add_argument("--draw", action="store_true", help="the tables again, from the raw lines")
     args = parser.parse_args()
+    if args.draw:
+        show(Lines(RESULTS / "ablation.jsonl"))
+        return
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     lines = Lines(RESULTS / "ablation.jsonl")
@@ -138,7 +142,23 @@ def main() -> None:
             (ordinary,) = parse_attacks(["lora"], discover())
             trials.ordinary(CASE, UNDEFENDED, 0, ordinary)
             trials.ordinary(CASE, variant, seed, ordinary)
-    put_on_page("ablation", table(figures(lines, VARIANTS)))
+    show(lines)
+
+
+def show(lines: Lines) -> None:
+    put_on_page("ablation", comparison(figures(lines, VARIANTS), attackers()))
+    put_on_page("exploration", comparison(explored(), attackers()))
+
+
+def attackers() -> list[str]:
+    """As the raw lines name them."""
+    return [spec(attack) for attack in parse_attacks(ATTACKERS, discover())]
+
+
+def explored() -> list[Figures]:
+    """How the defaults were found: one seed each, by the code as it then was, which is not all there any more."""
+    lines = Lines(RESULTS / "exploration.jsonl")
+    return figures(lines, dict.fromkeys(line["row"] for line in lines if line["row"] != UNDEFENDED))
 
 
 if __name__ == "__main__":

@@ -212,6 +212,28 @@ def table(found: Sequence[Figures]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def comparison(found: Sequence[Figures], attacks: Sequence[str]) -> str:
+    """Markdown: what *attacks* get from each defence, beside what it costs."""
+    head = ["changed", *(f"prevented: `{attack}`" for attack in attacks), *(f"delay: `{attack}`" for attack in attacks)]
+    head += ["worst-case SGR", "benign SGR", "untouched", "s to harden"]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for each in found:
+        by_name = {a.attack: a for a in each.harmful if a.found not in APART and a.works}
+        shown = [by_name.get(attack) for attack in attacks]
+        untouched = min(each.untouched.values(), key=lambda e: e.estimate or 0.0, default=None)
+        worst, price = each.worst(lambda a: a.found not in APART), each.price()
+        cells = [
+            each.row,
+            *("—" if a is None else _percent(a.prevented) for a in shown),
+            *("—" if a is None else "beyond" if a.delay is None else f"{a.delay:.1f} ×" for a in shown),
+            *("—" if e is None else _percent(e[2]) for e in (worst, price)),
+            "—" if untouched is None else f"{untouched.estimate:.3f}",
+            "—" if each.seconds is None else f"{each.seconds:.0f}",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
 def _least(attacks: Sequence[Attacked]) -> Attacked | None:
     """Of whose gain least is prevented."""
     return min((a for a in attacks if a.prevented.estimate is not None), key=_prevented_share, default=None)
