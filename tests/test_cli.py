@@ -83,6 +83,20 @@ def test_where_nobody_names_an_attack_strong_ones_are_simulated(
     assert "outer_learning_rate" not in record["attacks"][0]["rates"]
 
 
+def test_by_default_a_large_model_is_not_copied(
+    imma, tiny_checkpoint, tiny_config, pictures, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("imma_cli.families.model.SMALL_MODEL", 0)
+    code, out, err = imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue style", "--images", pictures, "--steps", 6, "--dry-run",
+        "--output", tmp_path / "hard.safetensors",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "against lora" in out
+    assert "against full-finetune" not in out
+    assert "second copy of all weights: full-finetune" in " ".join(err.split())
+
+
 def test_without_pictures_the_model_draws_them(imma, tiny_checkpoint, tiny_config, tmp_path) -> None:
     target = tmp_path / "hard.safetensors"
     code, out, err = imma(

@@ -140,8 +140,7 @@ def harden(
     with waiting("Reading the checkpoint", quiet=json):
         model = runtime.apply(opened.load(), gradient_checkpointing=gradient_checkpointing)
     if not attack and not model.is_small:
-        # a second copy of all weights and their optimizer's states would be needed; who has the memory can name them
-        attacks = [each for each in attacks if not each.in_place]
+        attacks = hardening.without_copies(attacks, quiet=json)
     if preset == "quick":
         steps = hardening.quick_steps(model)
     settings = hardening.settings_for(method, protect, strength, steps, outer_learning_rate, batch_size, seed)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Literal
 
+from imma_cli.cli.console import err
 from imma_cli.cli.progress import course
 
 if TYPE_CHECKING:
@@ -48,6 +49,14 @@ def settings_for(
     if method == "none":
         return None
     return ImmunizerSettings(method, protect, steps, outer_learning_rate, batch_size, seed)
+
+
+def without_copies(attacks: Sequence[Attack], *, quiet: bool) -> list[Attack]:
+    """*attacks* without those that train a second copy of all weights, for models so large that nobody has asked for it."""
+    costly = [attack.name for attack in attacks if attack.in_place]
+    if costly and not quiet:
+        err.print(f"Left out, as it takes a second copy of all weights: {', '.join(costly)} (--attack simulates it).")
+    return [attack for attack in attacks if not attack.in_place]
 
 
 def checked(settings: HardeningSettings | None, model: Model, pairs: int) -> HardeningSettings | None:
