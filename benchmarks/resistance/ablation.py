@@ -68,8 +68,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "three times as long": {"steps": 4500},
     "strength low": {"strength": "low"},
     "strength high": {"strength": "high"},
+    "drift of 0.016": {"drift": 0.016},
+    "drift of 0.03": {"drift": 0.03},
     "as published, lora": {"published": ("lora",)},
+    "as published, lora, half the outer rate": {"published": ("lora",), "outer_learning_rate": 5e-5},
+    "as published, lora, twice the outer rate": {"published": ("lora",), "outer_learning_rate": 2e-4},
     "as published, several in turns": {"published": SIMULATED},
+    "as published, several, outer rate of 0.00005": {"published": SIMULATED, "outer_learning_rate": 5e-5},
+    "as published, several, outer rate of 0.000025": {"published": SIMULATED, "outer_learning_rate": 2.5e-5},
+    "as published, several, outer rate of 0.00001": {"published": SIMULATED, "outer_learning_rate": 1e-5},
 }
 """What is changed; `checks` are off unless they are what is changed, since they choose among states."""
 
@@ -104,7 +111,8 @@ class Variants:
         concept = pictures(self.home, CASES[CASE], "defend")
         if published := changes.pop("published", None):
             attacks = parse_attacks(published, discover())
-            return immunize(model, attacks, [concept], ImmunizerSettings(seed=seed), self.runtime)
+            published_settings = replace(ImmunizerSettings(seed=seed), **changes)
+            return immunize(model, attacks, [concept], published_settings, self.runtime)
         attacks = parse_attacks(changes.pop("attacks", ATTACKS), discover())
         keep, held = changes.pop("keep", keeps(CASES[CASE])), changes.pop("held", {})
         settings = replace(EpisodesSettings(seed=seed, checks=0), **changes)

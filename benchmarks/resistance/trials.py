@@ -29,7 +29,7 @@ from imma_cli.verification.trials import run_trial
 from imma_cli.verification.untouched import unrelated
 
 METRICS = ("effnet", "effnet-style")
-POINTS = (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+POINTS = (0.03, 0.06, 0.1, 0.15, 0.22, 0.35, 0.6, 0.8, 1.0)
 """Shares of the budget where the loss is measured: dense at first, where undefended models are learned."""
 SEARCH_SEED = 500
 """Far from the seeds that count."""

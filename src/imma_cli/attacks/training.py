@@ -40,10 +40,18 @@ Group = dict[str, Any]
 def adamw(
     parameters: Sequence[nn.Parameter] | Sequence[Group], learning_rate: float, *, maximize: bool = False
 ) -> torch.optim.AdamW:
-    """AdamW as the published fine-tuning scripts set it."""
+    """AdamW as the published fine-tuning scripts set it, in one pass over each tensor instead of a dozen."""
     return torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8, maximize=maximize
+        parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8, maximize=maximize, fused=True
     )
+
+
+def laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """*gradient* with the strides of *parameter*: torch's fused optimizers read both in the order of memory, whatever they are.
+
+    `Tensor.backward` sees to it by itself; `torch.autograd.grad` gives a transposed gradient where it has one.
+    """
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
 
 
 def require_finite(loss: Tensor) -> None:
@@ -78,7 +86,7 @@ def gradient_step(
                 hint="An attack's loss must depend on what it attaches, and for hardening on the model's own weights instead of copies.",
             )
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = None if gradient is None else laid_out_as(parameter, gradient)
         if max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imma_cli.attacks.attack import Attack
-from imma_cli.attacks.training import Attacker, adamw, require_finite, trainable
+from imma_cli.attacks.training import Attacker, adamw, laid_out_as, require_finite, trainable
 from imma_cli.concepts.batches import Batch, TrainingSet
 from imma_cli.concepts.concept import Concept
 from imma_cli.errors import ImmaError
@@ -19,7 +19,7 @@ from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.objectives import Objective
 from imma_cli.immunizers.retention import Retention
 from imma_cli.immunizers.scope import protected_weights
-from imma_cli.immunizers.settings import DRIFT, EpisodesSettings, defaults_for
+from imma_cli.immunizers.settings import EpisodesSettings, defaults_for
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Defender:
         self.rate = settings.outer_learning_rate or defaults_for(model).outer_learning_rate
         self.optimizer = adamw(self.weights, self.rate)
         self.optimizer.param_groups[0]["weight_decay"] = 0.0  # it would pull everybody's weights towards zero
-        self.limit = DRIFT[settings.strength]
+        self.limit = settings.limit
         self.multiplier = 0.05 / self.limit
         self.drift = 0.0
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -97,9 +97,10 @@ class Defender:
     def _descend(self, harmful: Sequence[Tensor | None], kept: Sequence[Tensor | None], episode: Episode) -> None:
         before = [w.clone() for w in self.weights] if episode.apart else []
         for i, (weight, up, hold) in enumerate(zip(self.weights, harmful, kept, strict=True)):
-            weight.grad = up
+            down = up
             if hold is not None:
-                weight.grad = self.multiplier * hold if up is None else up + self.multiplier * hold
+                down = self.multiplier * hold if up is None else up + self.multiplier * hold
+            weight.grad = None if down is None else laid_out_as(weight, down)
             self.moved[i] |= up is not None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

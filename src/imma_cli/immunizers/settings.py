@@ -29,6 +29,8 @@ class EpisodesSettings:
     outer_learning_rate: float | None = None
     batch_size: int = 1
     seed: int = 0
+    drift: float | None = None
+    """How far the predictions for other prompts may move; None: as the strength has it."""
     vary: bool = True
     """Whether the attackers' settings are drawn; otherwise they are as given."""
     shortest: int = 200
@@ -53,6 +55,12 @@ class EpisodesSettings:
     def __post_init__(self) -> None:
         if self.inner_steps < 1 or not 1 <= self.shortest <= self.longest:
             raise ValueError("inner_steps is at least 1, and so is shortest, which is at most longest")
+        if self.limit <= 0:
+            raise ValueError("drift is above 0: to change nothing is no hardening")
+
+    @property
+    def limit(self) -> float:
+        return DRIFT[self.strength] if self.drift is None else self.drift
 
     def cycles(self, model: Model) -> int:
         """How many outer steps there are."""
