@@ -81,7 +81,9 @@ def main() -> None:
             continue
         model = defences.model(CASE, row, 0)
         for name, concept, captions in materials(defences.home):
-            lines.add({"case": CASE, "row": row, "defence_seed": 0, "on": name, "losses": losses(model, concept, captions)})
+            lines.add(
+                {"case": CASE, "row": row, "defence_seed": 0, "on": name, "losses": losses(model, concept, captions)}
+            )
     put_on_page("limits", table(lines))
 
 

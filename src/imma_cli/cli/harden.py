@@ -137,6 +137,8 @@ def harden(
     for notice in opened.notices:
         if not json:
             err.print(f"[yellow]Note:[/] {escape(notice)}")
+    if not json:
+        err.print(f"On {runtime}", markup=False)
     with waiting("Reading the checkpoint", quiet=json):
         model = runtime.apply(opened.load(), gradient_checkpointing=gradient_checkpointing)
     if not attack and not model.is_small:

@@ -99,7 +99,7 @@ def say_plan(
     if settings:
         inner = settings.inner_steps if isinstance(settings, EpisodesSettings) else 1
         out.print(f"  {(1 + inner) * cycles} steps in all, {inner * cycles} of them the attackers'")
-    out.print(f"  on {runtime.device}, attention {runtime.attention}, precision {runtime.precision}")
+    out.print(f"  on {runtime}", markup=False)
     out.print(
         f"  about {seconds:.0f} s (timed over a few real steps); peak memory {peak_memory(runtime) / 1e9:.2f} GB, measured"
     )

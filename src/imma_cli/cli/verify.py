@@ -147,6 +147,8 @@ def verify(
     assert inputs is not None
     assert runtime is not None
     quiet = json or not rank.speaks
+    if not quiet:
+        err.print(f"On {runtime}", markup=False)
     thresholds = Thresholds(min_sgr=min_sgr, max_benign_sgr=max_benign_sgr, min_untouched=min_untouched)
 
     with waiting("Reading the checkpoints", quiet=quiet):

@@ -25,6 +25,10 @@ class Family(ABC):
         """The frozen model in the parts of a diffusers *pipeline* of this family."""
 
     @abstractmethod
+    def use_xformers(self, model: Model) -> None:
+        """Switch the network that is trained to xformers' memory-efficient attention."""
+
+    @abstractmethod
     def resolution(self, model: Model) -> int:
         """Side of the pictures the model is made for, in pixels."""
 

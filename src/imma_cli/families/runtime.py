@@ -28,6 +28,12 @@ class Runtime:
     device: str
     attention: str
     precision: str
+    attention_because: str = ""
+    """Why this kernel and not the other."""
+
+    def __str__(self) -> str:
+        because = f" ({self.attention_because})" if self.attention_because else ""
+        return f"{self.device}, {self.precision}, {self.attention} attention{because}"
 
     def autocast(self) -> AbstractContextManager[object]:
         """The mixed precision that losses are computed in; weights and optimizer states stay float32."""
@@ -45,7 +51,7 @@ class Runtime:
             # in layers this narrow threads wait for each other longer than they compute (benchmarks/threads.py)
             torch.set_num_threads(1)
         if self.attention == "xformers":
-            model.unet.enable_xformers_memory_efficient_attention()
+            model.family.use_xformers(model)
         if gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
             # diffusers checkpoints only in training mode; these UNets hold no dropout that this would switch on
@@ -75,32 +81,43 @@ def choose_runtime(device: str = "auto", attention: Attention = "auto", precisio
         reasons.append(f"--device {device}: this PyTorch sees no CUDA device")
     elif kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         reasons.append(f"--device {device}: there are only {torch.cuda.device_count()} CUDA devices")
-    installed = importlib.util.find_spec("xformers") is not None
-    if attention == "xformers" and not installed:
-        reasons.append("--attention xformers: xformers is not installed (pip install xformers)")
-    if attention == "xformers" and kind != "cuda":
-        reasons.append("--attention xformers: it works on CUDA devices only; use sdpa on a CPU")
-    if attention == "xformers" and not reasons and not _xformers_works(device):
-        reasons.append("--attention xformers: the installed xformers does not work with this PyTorch or GPU; use sdpa")
+    faults = [] if attention == "sdpa" else xformers_faults(device if kind else "cpu")
+    if attention == "xformers":
+        reasons += [f"--attention xformers: {fault}; use sdpa" for fault in faults]
     if precision == "bf16" and kind == "cuda" and cuda and not torch.cuda.is_bf16_supported():
         reasons.append("--precision bf16: this GPU does not compute in bfloat16")
     if reasons:
         raise ImmaError("This machine cannot run what was asked for.", reasons)
+    because = "as asked"
     if attention == "auto":
-        attention = "xformers" if kind == "cuda" and installed and _xformers_works(device) else "sdpa"
+        attention = "sdpa" if faults else "xformers"
+        because = f"no xformers: {'; '.join(faults)}" if faults else "xformers passed a probe of both its directions"
     if precision == "auto":
         # bfloat16 is many times slower than float32 on processors without instructions for it
         precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return Runtime(device, attention, precision)
+    return Runtime(device, attention, precision, because)
 
 
-def _xformers_works(device: str) -> bool:
-    """An installed xformers may be built for another torch or GPU; one tiny call tells."""
+def xformers_faults(device: str) -> list[str]:
+    """Everything that keeps xformers' attention from working on *device*; empty: it works.
+
+    An installed xformers may be built for another torch or GPU: one tiny call, and its gradient, tell.
+    """
+    faults = []
+    if importlib.util.find_spec("xformers") is None:
+        faults.append("it is not installed (pip install xformers)")
+    if torch.device(device).type != "cuda":
+        faults.append("it works on CUDA devices only")
+    elif not torch.cuda.is_available():
+        faults.append("this PyTorch sees no CUDA device")
+    if faults:
+        return faults
     try:
         import xformers.ops
 
-        probe = torch.zeros(1, 8, 1, 16, device=device, dtype=torch.float16)
-        xformers.ops.memory_efficient_attention(probe, probe, probe)
-    except Exception:  # noqa: BLE001 - whatever it is, SDPA works
-        return False
-    return True
+        probe = torch.zeros(1, 8, 1, 16, device=device, dtype=torch.float16, requires_grad=True)
+        torch.autograd.grad(xformers.ops.memory_efficient_attention(probe, probe, probe).sum(), probe)
+    except Exception as error:  # noqa: BLE001 - whatever it is, SDPA works
+        said = str(error).strip().split("\n")[0]
+        return [f"the installed one fails on this PyTorch or GPU ({type(error).__name__}: {said})"]
+    return []

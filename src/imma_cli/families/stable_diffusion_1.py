@@ -36,6 +36,10 @@ class StableDiffusion1(Family):
             scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
         ).freeze()
 
+    def use_xformers(self, model: Model) -> None:
+        # not set_attention_backend: on a UNet that does nothing but change the default of the whole process
+        model.unet.enable_xformers_memory_efficient_attention()
+
     def resolution(self, model: Model) -> int:
         levels = len(model.vae.config.block_out_channels)
         return int(model.unet.config.sample_size) << (levels - 1)

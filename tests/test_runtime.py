@@ -1,0 +1,62 @@
+"""Where the computation runs is chosen once, for a reason that the user is told."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from imma_cli.errors import ImmaError
+from imma_cli.families.model import Model
+from imma_cli.families.runtime import Runtime, choose_runtime
+
+
+def test_auto_says_why_it_took_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    runtime = choose_runtime()
+    assert (runtime.device, runtime.attention, runtime.precision) == ("cpu", "sdpa", "fp32")
+    assert "works on CUDA devices only" in str(runtime)
+
+
+def test_xformers_is_refused_where_it_cannot_work() -> None:
+    with pytest.raises(ImmaError) as refused:
+        choose_runtime("cpu", "xformers")
+    assert "works on CUDA devices only; use sdpa" in "".join(refused.value.reasons)
+
+
+def test_what_harden_computes_on_is_said_and_recorded(
+    imma, tiny_checkpoint, tiny_config, pictures, tmp_path, capsys
+) -> None:
+    code, out, err = imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue", "--images", pictures, "--steps", 2,
+        "--method", "imma", "--attack", "lora", "--device", "cpu", "--output", tmp_path / "hard.safetensors",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "On cpu, fp32, sdpa attention (no xformers: it works on CUDA devices only" in err
+    _, out, _ = imma("inspect", tmp_path / "hard.safetensors", "--config", tiny_config, "--json")
+    assert "works on CUDA devices only" in out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 5e-2)])
+def test_xformers_agrees_with_sdpa_forward_and_backward(tiny_model: Model, precision: str, tolerance: float) -> None:
+    """Relative to the largest value; fp32 through xformers' kernels for tensors of that dtype."""
+    torch.manual_seed(0)
+    latents, noise = torch.randn(2, 4, 8, 8, device="cuda"), torch.randn(2, 4, 8, 8, device="cuda")
+    timesteps = torch.tensor([100, 700], device="cuda")
+    found = []
+    for attention in ("sdpa", "xformers"):
+        runtime = Runtime("cuda", choose_runtime("cuda", attention).attention, precision)  # type: ignore[arg-type]
+        model = runtime.apply(copy.deepcopy(tiny_model))
+        weight = model.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q.weight.requires_grad_(True)
+        conditioning = model.family.encode_prompts(model, ["a cat", "a dog"]).detach()
+
+        def loss(model: Model = model, conditioning: torch.Tensor = conditioning) -> torch.Tensor:
+            return model.family.loss(model, latents, conditioning, noise, timesteps).mean()
+
+        value = runtime.forward(loss)
+        found.append((value.detach(), torch.autograd.grad(value, weight)[0]))
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).abs().max()) <= tolerance * float(one.abs().max())
