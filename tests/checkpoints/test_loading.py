@@ -58,6 +58,57 @@ def load_plainly(path: Path, config: Path) -> Any:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_file_is_read_as_diffusers_reads_it(
+    tiny_checkpoint: Path, tiny_config: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = tmp_path / "in.safetensors"
+    save_file({k: v.to(dtype) for k, v in load_file(tiny_checkpoint).items()}, path, {"format": "pt"})
+    assert_same(open_checkpoint(path, tiny_config).load(), load_plainly(path, tiny_config))
+
+
+def test_a_folder_is_read_as_diffusers_reads_it(tiny_folder: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    whole = StableDiffusionPipeline.from_pretrained(tiny_folder, local_files_only=True, torch_dtype=torch.float32)
+    assert_same(open_checkpoint(tiny_folder).load(), whole)
+    sharded = tmp_path / "sharded"
+    whole.save_pretrained(sharded, max_shard_size="60KB")
+    assert (sharded / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    assert_same(open_checkpoint(sharded).load(), whole)
+
+
+def assert_same(model: Model, pipeline: Any) -> None:
+    for part, network in model.networks.items():
+        expected = getattr(pipeline, part).state_dict()
+        found = network.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+        for (name, ours), (_, theirs) in zip(
+            network.named_buffers(), getattr(pipeline, part).named_buffers(), strict=True
+        ):
+            assert torch.equal(ours, theirs), name
+    for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "steps_offset", "prediction_type"):
+        assert model.scheduler.config[key] == pipeline.scheduler.config.get(key, model.scheduler.config[key])
+    assert model.scheduler.config["set_alpha_to_one"] == pipeline.scheduler.config["set_alpha_to_one"]
+
+
+def test_training_what_was_read_does_not_reach_the_file(
+    tiny_checkpoint: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "in.safetensors"
+    save_file({k: v.float() for k, v in load_file(tiny_checkpoint).items()}, path, {"format": "pt"})
+    before = path.read_bytes()
+    model = open_checkpoint(path, tiny_config).load()
+    with torch.no_grad():
+        for weight in model.unet.parameters():
+            weight.add_(1)
+    assert path.read_bytes() == before
+    again = open_checkpoint(path, tiny_config).load()
+    assert not torch.equal(again.unet.conv_in.weight, model.unet.conv_in.weight)
+
+
 def test_harmless_extra_keys_are_read_and_kept(tiny_checkpoint: Path, tiny_config: Path, tmp_path: Path) -> None:
     path = edited(tiny_checkpoint, tmp_path / "in.safetensors", **HARMLESS)
     checkpoint = open_checkpoint(path, tiny_config)
@@ -242,7 +293,7 @@ class TestRowMap:
         split = RowMap(rows, ("qkv", "bias"), torch.tensor([0, 6, 8]))
         file = {"qkv": torch.zeros(6, 3, dtype=torch.float16), "bias": torch.zeros(2)}
         given = {"v": torch.full((2, 3), 2.0), "bias": torch.tensor([1.0, 2.0])}
-        scattered = split.scatter(given, file.__getitem__)
+        scattered = {key: split.scatter(given, file.__getitem__, key) for key in file}
         assert scattered["qkv"].dtype == torch.float16
         assert scattered["qkv"].tolist() == [[0.0] * 3] * 4 + [[2.0] * 3] * 2
         assert scattered["bias"].tolist() == [2.0, 1.0]  # swapped in the file
@@ -257,7 +308,7 @@ def test_a_file_that_does_not_read_back_as_given_is_not_kept(
     tiny_checkpoint: Path, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forget_the_changes(source: Path, header: Any, target: Path, replaced: Any, *others: Any) -> None:
-        rewrite(source, header, target, {}, *others)
+        rewrite(source, header, target, {}.get, *others)
 
     monkeypatch.setattr(writing, "rewrite", forget_the_changes)
     with pytest.raises(RuntimeError, match=r"unet\.conv_in\.bias does not read back"):

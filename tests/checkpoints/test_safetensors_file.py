@@ -114,7 +114,7 @@ def test_rewriting_keeps_the_headers_order_and_the_datas_order(tmp_path: Path) -
     header = {"z": entry(8, 12), "m": entry(12, 16), "a": entry(4, 8), "x": entry(0, 4)}
     source = make(tmp_path / "in.safetensors", header, bytes(range(16)))
     target = tmp_path / "out.safetensors"
-    rewrite(source, read_header(source), target, {"m": torch.tensor([1.5])}, {"x"}, {"é": "ü"})
+    rewrite(source, read_header(source), target, {"m": torch.tensor([1.5])}.get, {"x"}, {"é": "ü"})
     again = read_header(target)
     assert list(again.entries) == ["z", "m", "a"]
     assert again.metadata == {"é": "ü"}
@@ -127,7 +127,7 @@ def test_a_file_rewritten_without_changes_is_what_the_library_wrote(tmp_path: Pa
     source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file({"b": torch.randn(3, 5), "a": torch.arange(7), "s": torch.tensor(2.0)}, source, {"format": "pt"})
     header = read_header(source)
-    rewrite(source, header, target, {}, set(), header.metadata)
+    rewrite(source, header, target, {}.get, set(), header.metadata)
     assert target.read_bytes() == source.read_bytes()
     with safe_open(target, "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -136,4 +136,4 @@ def test_a_file_rewritten_without_changes_is_what_the_library_wrote(tmp_path: Pa
 def test_a_replacement_of_another_size_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
     source = make(tmp_path / "in.safetensors", {"a": entry(0, 8)}, bytes(8))
     with pytest.raises(ValueError, match="a: 4 bytes given for 8"):
-        rewrite(source, read_header(source), tmp_path / "out", {"a": bytes(4)}, set(), {})
+        rewrite(source, read_header(source), tmp_path / "out", {"a": bytes(4)}.get, set(), {})

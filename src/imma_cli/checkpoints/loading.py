@@ -1,14 +1,16 @@
-"""From a validated checkpoint to a model in memory, through diffusers' own loaders, offline and silent."""
+"""From a validated checkpoint to a model in memory: one weight at a time, by diffusers' own names, offline and silent."""
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from imma_cli.checkpoints.row_map import described_network
+from imma_cli.checkpoints.tensors import Float32Weights, all_finite
+from imma_cli.checkpoints.topology import PREFIXES
 from imma_cli.errors import ImmaError
 from imma_cli.families.model import Model
 
@@ -21,70 +23,40 @@ PROBE = "a photo of a cat on the red table"
 
 def load(checkpoint: Checkpoint) -> Model:
     """The checkpoint's model, float32, on the CPU; see ``Checkpoint.load``."""
-    import torch
+    from diffusers import DDPMScheduler
+    from transformers import CLIPTokenizer
 
+    broken: list[str] = []
     with quiet():
-        if checkpoint.layout == "folder":
-            pipeline = _folder_pipeline(checkpoint)
-        else:
-            from diffusers import StableDiffusionPipeline
-
-            pipeline = StableDiffusionPipeline.from_single_file(
-                str(checkpoint.path),
-                config=str(checkpoint.config),
-                local_files_only=True,
-                torch_dtype=torch.float32,
-                safety_checker=None,
-                feature_extractor=None,
-                image_encoder=None,
-            )
-        # a pipeline takes a sample_size under 64 in an old configuration for a mistake and sets 64
-        described = json.loads((checkpoint.config / "unet" / "config.json").read_text(encoding="utf-8"))
-        if "sample_size" in described:
-            pipeline.unet.register_to_config(sample_size=described["sample_size"])
-    model = checkpoint.family.assemble(pipeline)
-    faults = [*_values_faults(model), *_tokenizer_faults(model)]
+        model = checkpoint.family.assemble(
+            **{part: _network(checkpoint, part, broken) for part in PREFIXES},
+            tokenizer=CLIPTokenizer.from_pretrained(checkpoint.config / "tokenizer", local_files_only=True),
+            scheduler=DDPMScheduler.load_config(checkpoint.config / "scheduler", local_files_only=True),
+        )
+    faults = [*_values_faults(broken), *_tokenizer_faults(model)]
     if faults:
         raise ImmaError(f"cannot use {checkpoint.path}", faults)
     return model
 
 
-def _folder_pipeline(checkpoint: Checkpoint) -> Any:
-    import diffusers
-    import torch
-    from transformers import CLIPTextModel, CLIPTokenizer
+def _network(checkpoint: Checkpoint, part: str, broken: list[str]) -> Any:
+    """One network with its weights; the names of those with NaN or Inf are added to *broken*."""
+    from accelerate import init_empty_weights
 
-    scheduler = diffusers.DDPMScheduler.load_config(str(checkpoint.path), subfolder="scheduler", local_files_only=True)
-
-    def part(loader: Any, name: str, dtype: str) -> Any:
-        return loader.from_pretrained(
-            str(checkpoint.path),
-            subfolder=name,
-            variant=checkpoint.variants.get(name),
-            use_safetensors=True,
-            local_files_only=True,
-            **{dtype: torch.float32},
-        )
-
-    return diffusers.StableDiffusionPipeline(
-        vae=part(diffusers.AutoencoderKL, "vae", "torch_dtype"),
-        text_encoder=part(CLIPTextModel, "text_encoder", "dtype"),
-        tokenizer=CLIPTokenizer.from_pretrained(str(checkpoint.path), subfolder="tokenizer", local_files_only=True),
-        unet=part(diffusers.UNet2DConditionModel, "unet", "torch_dtype"),
-        scheduler=diffusers.DDPMScheduler.from_config(scheduler),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    # buffers are computed, not read
+    with init_empty_weights(include_buffers=False):
+        network = described_network(part, checkpoint.config)
+    weights = Float32Weights(checkpoint, part)
+    filled = {}
+    for name, empty in network.state_dict().items():
+        filled[name] = weights.get(name, tuple(empty.shape))
+        if not all_finite(filled[name]):
+            broken.append(f"{part}.{name}")
+    network.load_state_dict(filled, assign=True)
+    return network
 
 
-def _values_faults(model: Model) -> Iterator[str]:
-    names = [
-        f"{part}.{name}"
-        for part, network in model.networks.items()
-        for name, weight in network.state_dict().items()
-        if not bool(weight.isfinite().all())
-    ]
+def _values_faults(names: Sequence[str]) -> Iterator[str]:
     if names:
         more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
         yield f"NaN or Inf in {len(names)} tensor{'s' if len(names) > 1 else ''}: {', '.join(names[:NAMED])}{more}"

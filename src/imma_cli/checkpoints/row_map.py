@@ -48,19 +48,18 @@ class RowMap:
             (found[name],) = self.sources(name)
         return found
 
-    def scatter(self, weights: Mapping[str, Tensor], original: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """The keys' tensors after the *weights* took their places, cast to the keys' dtypes.
+    def scatter(self, weights: Mapping[str, Tensor], original: Callable[[str], Tensor], key: str) -> Tensor:
+        """The tensor of *key* after the *weights* took their places in it, cast to its dtype.
 
         *original* gives a key's present tensor: its shape and dtype, and the values of rows that no given weight covers.
         """
-        found: dict[str, Tensor] = {}
+        found = original(key).clone(memory_format=torch.contiguous_format)
+        target = found.view(found.shape[0], -1)
         for name, weight in weights.items():
-            values = weight.detach().cpu().reshape(weight.shape[0], -1)
-            for key, (into, within) in self.sources(name).items():
-                if key not in found:
-                    found[key] = original(key).clone(memory_format=torch.contiguous_format)
-                target = found[key].view(found[key].shape[0], -1)
-                target[into] = values[within].to(target.dtype)
+            if key in (sources := self.sources(name)):
+                into, within = sources[key]
+                values = weight.detach().reshape(weight.shape[0], -1)
+                target[into] = values[within.to(values.device)].to(target)
         return found
 
 
@@ -117,14 +116,21 @@ def _described(part: str, config: Path) -> dict[str, Any]:
 
 def empty_network(part: str, config: Path) -> Any:
     """The network that *config* describes, on the meta device: shapes and names without memory."""
+    with torch.device("meta"):
+        return described_network(part, config)
+
+
+def described_network(part: str, config: Path) -> Any:
+    """The network that *config* describes, with weights as torch makes them where nothing else is said."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     described = _described(part, config)
-    with torch.device("meta"):
-        if part == "text_encoder":
-            return CLIPTextModel(CLIPTextConfig.from_dict(described))
-        return {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part].from_config(described)
+    if part == "text_encoder":
+        return CLIPTextModel(CLIPTextConfig.from_dict(described))
+    # pipelines take a sample_size under 64 in a configuration of an early version for a mistake, and set 64
+    described.pop("_diffusers_version", None)
+    return {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part].from_config(described)
 
 
 def state_dict_shapes(part: str, config: Path) -> dict[str, Shape]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import unicodedata
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -189,14 +189,14 @@ def rewrite(
     source_path: Path,
     header: Header,
     target_path: Path,
-    replaced: Mapping[str, Tensor | bytes],
+    replacement: Callable[[str], Tensor | bytes | None],
     dropped: Set[str],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes *source_path* anew to *target_path*, with the *replaced* tensors, without the *dropped* ones, under *metadata*.
+    """Writes *source_path* anew to *target_path*, with some tensors replaced, without the *dropped* ones, under *metadata*.
 
-    Every other tensor's bytes are copied as they are; order and dtypes stay. A replacement is the tensor's bytes, or a
-    tensor of the entry's shape and dtype. *target_path* is written in place: give a temporary file. Raises ValueError for a
+    *replacement* is asked for each name when its turn comes: the tensor's bytes, a tensor of the entry's shape and dtype, or None for
+    one that stays. Those tensors' bytes are copied as they are; order and dtypes stay. *target_path* is written in place: give a temporary file. Raises ValueError for a
     replacement that does not fit, OSError where writing fails.
     """
     entries: dict[str, Entry] = {}
@@ -210,8 +210,8 @@ def rewrite(
         target.write(encode_header({name: entries[name] for name in header.entries if name in entries}, metadata))
         for name, entry in kept:
             length = entry.end - entry.start
-            if name in replaced:
-                data = as_bytes(replaced[name])
+            if (new := replacement(name)) is not None:
+                data = as_bytes(new)
                 if len(data) != length:
                     raise ValueError(f"{name}: {len(data)} bytes given for {length}")
                 target.write(data)
@@ -230,13 +230,13 @@ def encode_header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> 
     return len(text).to_bytes(8, "little") + text
 
 
-def as_bytes(value: Tensor | bytes) -> bytes:
-    """A tensor's elements in memory order, as safetensors stores them."""
+def as_bytes(value: Tensor | bytes) -> bytes | memoryview:
+    """A tensor's elements in memory order, as safetensors stores them; not copied where they lie so already."""
     if isinstance(value, bytes):
         return value
     import torch
 
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _copy(source: IO[bytes], target: IO[bytes], length: int) -> None:

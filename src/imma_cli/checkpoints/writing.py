@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +15,17 @@ from imma_cli.checkpoints.atomic import atomic_file, atomic_folder
 from imma_cli.checkpoints.checkpoint import PROVENANCE, Checkpoint, WeightFile, WriteReport
 from imma_cli.checkpoints.folder import WEIGHTS, part_files
 from imma_cli.checkpoints.row_map import convert, row_map, state_dict_shapes
-from imma_cli.checkpoints.safetensors_file import Entry, Header, read_header, rewrite
+from imma_cli.checkpoints.safetensors_file import read_header, rewrite
+from imma_cli.checkpoints.tensors import Scattered, all_finite, read_tensor
 from imma_cli.checkpoints.topology import PREFIXES, dimensions
 from imma_cli.errors import ImmaError
 
 if TYPE_CHECKING:
     from imma_cli.families.model import Model
 
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 NAMED = 8
+PORTION = 10_000_000
+"""Values that are read back at a time."""
 
 
 def write(
@@ -33,33 +34,27 @@ def write(
     """See ``Checkpoint.write``."""
     record = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
     by_part = _by_part(checkpoint, changed)
-    replaced: dict[str, dict[str, Tensor]] = {}
-    tensors = parameters = 0
-    for part, weights in by_part.items():
-        original = partial(_original, checkpoint, part)
-        rows = row_map(part, checkpoint.layout, checkpoint.shapes[part], checkpoint.config)
-        replaced[part] = rows.scatter(weights, original)
-        for key, tensor in replaced[part].items():
-            differing = int((tensor != original(key)).sum())
-            tensors += differing > 0
-            parameters += differing
-    _require_finite(checkpoint, replaced)
+    # whatever is made below is made for one key at a time: a model may be as large as the memory
+    replaced = {part: Scattered(checkpoint, part, weights) for part, weights in by_part.items()}
+    tensors, parameters = _differing(replaced)
 
     def rewrite_file(file: WeightFile, target: Path) -> None:
-        own = {
-            key: tensor
-            for part in replaced
-            for key, tensor in replaced[part].items()
-            if checkpoint.entries[part][key][0] is file
-        }
+        own = {key: part for part, keys in replaced.items() for key in keys if replaced[part].place(key)[0] is file}
         metadata = {**file.header.metadata, PROVENANCE: record}
-        rewrite(file.path, file.header, target, own, frozenset(checkpoint.ema_keys), metadata)
+        rewrite(
+            file.path,
+            file.header,
+            target,
+            lambda key: replaced[own[key]][key] if key in own else None,
+            frozenset(checkpoint.ema_keys),
+            metadata,
+        )
 
     if checkpoint.layout == "single-file":
         dropped = checkpoint.ema_keys
         with atomic_file(output, force=force) as temporary:
             rewrite_file(checkpoint.files[0], temporary)
-            _verify(checkpoint, {checkpoint.files[0]: temporary}, by_part, replaced)
+            _verify(checkpoint, {checkpoint.files[0]: temporary}, replaced)
     else:
         dropped = tuple(_unhardened_files(checkpoint, by_part))
         rewritten = {file for part in by_part for file, _ in checkpoint.entries[part].values()}
@@ -72,7 +67,7 @@ def write(
             for file, target in places.items():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 rewrite_file(file, target)
-            _verify(checkpoint, places, by_part, replaced)
+            _verify(checkpoint, places, replaced)
     return WriteReport(output, tensors, parameters, dropped)
 
 
@@ -91,7 +86,7 @@ def _by_part(checkpoint: Checkpoint, changed: Mapping[str, Tensor]) -> dict[str,
             unknown.append(full)
         elif tuple(weight.shape) != expected:
             misshapen.append(f"{full} is {list(weight.shape)} instead of {list(expected)}")
-        elif not bool(weight.isfinite().all()):
+        elif not all_finite(weight):
             broken.append(full)
         else:
             by_part.setdefault(part, {})[name] = weight
@@ -106,55 +101,60 @@ def _by_part(checkpoint: Checkpoint, changed: Mapping[str, Tensor]) -> dict[str,
     return by_part
 
 
-def _require_finite(checkpoint: Checkpoint, replaced: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """The values were finite in float32; in the file's dtype they may be no longer."""
-    reasons = [
-        f"{key} has values that do not fit its dtype {checkpoint.entries[part][key][1].dtype}, whose largest is {torch.finfo(tensor.dtype).max:g}"
-        for part, tensors in replaced.items()
-        for key, tensor in tensors.items()
-        if not bool(tensor.isfinite().all())
-    ]
+def _differing(replaced: Mapping[str, Scattered]) -> tuple[int, int]:
+    """In how many tensors and single values the new ones differ.
+
+    Raises ImmaError for values that were finite in float32, and are no longer in the file's dtype.
+    """
+    tensors = parameters = 0
+    reasons = []
+    for keys in replaced.values():
+        for key, tensor in keys.items():
+            if not all_finite(tensor):
+                dtype, largest = keys.place(key)[1].dtype, torch.finfo(tensor.dtype).max
+                reasons.append(f"{key} has values that do not fit its dtype {dtype}, whose largest is {largest:g}")
+            differing = int((tensor != keys.original(key)).sum())
+            tensors += differing > 0
+            parameters += differing
     if reasons:
         raise ImmaError(
             "cannot write the changed weights", reasons[:NAMED], hint="Harden the model's float32 release instead."
         )
+    return tensors, parameters
 
 
-def _original(checkpoint: Checkpoint, part: str, key: str) -> Tensor:
-    file, entry = checkpoint.entries[part][key]
-    return read_tensor(file.path, file.header, entry)
-
-
-def read_tensor(path: Path, header: Header, entry: Entry) -> Tensor:
-    """One tensor of a safetensors file, in the file's dtype."""
-    with path.open("rb") as file:
-        file.seek(header.data_start + entry.start)
-        data = bytearray(file.read(entry.end - entry.start))
-    return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
-
-
-def _verify(
-    checkpoint: Checkpoint,
-    written: Mapping[WeightFile, Path],
-    by_part: Mapping[str, Mapping[str, Tensor]],
-    replaced: Mapping[str, Collection[str]],
-) -> None:
+def _verify(checkpoint: Checkpoint, written: Mapping[WeightFile, Path], replaced: Mapping[str, Scattered]) -> None:
     """Reads the written files as diffusers will: each changed weight must come out as it was given, in the file's dtype.
 
     Raises RuntimeError otherwise: that is a fault of this program, not of its input.
     """
     headers = {file: read_header(path) for file, path in written.items()}
-    for part, weights in by_part.items():
-        tensors = {}
-        for key, (file, entry) in checkpoint.entries[part].items():
-            if key in replaced[part]:
+    for part, keys in replaced.items():
+        # the others stand in, and take no memory
+        absent = {key: torch.zeros(()).expand(entry.shape) for key, (_, entry) in checkpoint.entries[part].items()}
+        for names in _portions(keys.weights):
+            tensors = dict(absent)
+            for key in {key for name in names for key in keys.rows.sources(name)}:
+                file, _ = keys.place(key)
                 tensors[key] = read_tensor(written[file], headers[file], headers[file].entries[key])
-            else:
-                tensors[key] = torch.zeros(()).expand(entry.shape)  # stands in, takes no memory
-        converted = convert(part, checkpoint.layout, tensors, checkpoint.config)
-        for name, weight in weights.items():
-            if not torch.equal(converted[name], weight.detach().cpu().to(converted[name].dtype)):
-                raise RuntimeError(f"{part}.{name} does not read back as it was written; nothing was kept")
+            converted = convert(part, checkpoint.layout, tensors, checkpoint.config)
+            for name in names:
+                if not torch.equal(converted[name], keys.weights[name].detach().cpu().to(converted[name].dtype)):
+                    raise RuntimeError(f"{part}.{name} does not read back as it was written; nothing was kept")
+
+
+def _portions(weights: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """The names of *weights*, so many at a time that they are at most `PORTION` values, or one."""
+    names: list[str] = []
+    values = 0
+    for name, weight in weights.items():
+        if names and values + weight.numel() > PORTION:
+            yield names
+            names, values = [], 0
+        names.append(name)
+        values += weight.numel()
+    if names:
+        yield names
 
 
 def _unhardened_files(checkpoint: Checkpoint, by_part: Mapping[str, object]) -> Iterator[str]:

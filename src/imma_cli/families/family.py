@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -21,8 +21,10 @@ class Family(ABC):
     title: ClassVar[str]
 
     @abstractmethod
-    def assemble(self, pipeline: Any) -> Model:
-        """The frozen model in the parts of a diffusers *pipeline* of this family."""
+    def assemble(
+        self, *, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, scheduler: Mapping[str, Any]
+    ) -> Model:
+        """The frozen model in its parts. *scheduler* is the configuration of the pipeline's, whatever its class."""
 
     @abstractmethod
     def use_xformers(self, model: Model) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from imma_cli.families.family import Family
 from imma_cli.families.model import Model
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
     from PIL.Image import Image
 
 
@@ -23,17 +22,19 @@ class StableDiffusion1(Family):
     name = "sd1"
     title = "Stable Diffusion 1.x"
 
-    def assemble(self, pipeline: StableDiffusionPipeline) -> Model:
+    def assemble(
+        self, *, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, scheduler: Mapping[str, Any]
+    ) -> Model:
         from diffusers import DDPMScheduler
 
         return Model(
             family=self,
-            unet=pipeline.unet,
-            vae=pipeline.vae,
-            text_encoder=pipeline.text_encoder,
-            tokenizer=pipeline.tokenizer,
+            unet=unet,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
             # samplers such as PNDM state no training target: the DDPM schedule over the same betas does
-            scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
+            scheduler=DDPMScheduler.from_config(scheduler),
         ).freeze()
 
     def use_xformers(self, model: Model) -> None:

@@ -77,6 +77,17 @@ def tiny_pipeline(config: Path) -> Any:
         ).to(dtype=torch.float16)
 
 
+def assembled(pipeline: Any, family: str = "sd1") -> Model:
+    """The parts of a diffusers *pipeline* as a model."""
+    return family_named(family).assemble(
+        unet=pipeline.unet,
+        vae=pipeline.vae,
+        text_encoder=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer,
+        scheduler=pipeline.scheduler.config,
+    )
+
+
 def tiny_model(family: str = "sd1") -> Model:
     """The tiny model of *family*, float32 and frozen; a copy of its own for every call."""
     return copy.deepcopy(_model(family))
@@ -86,7 +97,7 @@ def tiny_model(family: str = "sd1") -> Model:
 def _model(family: str) -> Model:
     with TemporaryDirectory() as folder:
         pipeline = tiny_pipeline(tiny_config(Path(folder) / "config", family))
-        return family_named(family).assemble(pipeline.to(dtype=torch.float32))
+        return assembled(pipeline.to(dtype=torch.float32), family)
 
 
 def tiny_checkpoint(folder: Path, family: str = "sd1") -> tuple[Path, Path]:
@@ -97,6 +108,6 @@ def tiny_checkpoint(folder: Path, family: str = "sd1") -> tuple[Path, Path]:
 
     config = tiny_config(folder / "config", family)
     path = folder / "tiny.safetensors"
-    model = family_named(family).assemble(tiny_pipeline(config))
+    model = assembled(tiny_pipeline(config), family)
     save_file(compose_single_file(model, config), path, {"format": "pt"})
     return path, config

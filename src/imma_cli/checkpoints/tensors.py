@@ -1,0 +1,103 @@
+"""Single tensors of safetensors files, read one at a time, so that a checkpoint never stands in memory twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from imma_cli.checkpoints.row_map import RowMap, row_map
+from imma_cli.checkpoints.safetensors_file import Entry, Header
+from imma_cli.checkpoints.topology import Shape
+
+if TYPE_CHECKING:
+    from imma_cli.checkpoints.checkpoint import Checkpoint, WeightFile
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+def read_tensor(path: Path, header: Header, entry: Entry) -> Tensor:
+    """One tensor of a safetensors file, in the file's dtype."""
+    with path.open("rb") as file:
+        file.seek(header.data_start + entry.start)
+        data = bytearray(file.read(entry.end - entry.start))
+    return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether *tensor* is free of NaN and Inf. A sum takes no memory and shows both; a sum that overflowed is looked at again."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def rows_of(checkpoint: Checkpoint, part: str) -> RowMap:
+    """Where the weights of *part* lie in the checkpoint's files."""
+    return row_map(part, checkpoint.layout, checkpoint.shapes[part], checkpoint.config)
+
+
+class Float32Weights:
+    """The weights of one part of a checkpoint by diffusers' names, each made when it is asked for.
+
+    What the file holds in float32 is mapped into memory instead of copied: privately, so training it in place does not
+    reach the file. Everything else is read, cast, and forgotten.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, part: str) -> None:
+        self.entries = checkpoint.entries[part]
+        self.rows = rows_of(checkpoint, part)
+        self._mapped: dict[Path, Any] = {}
+
+    def get(self, name: str, shape: Shape) -> Tensor:
+        """The weight *name*, which has *shape* in the model."""
+        sources = self.rows.sources(name)
+        key, (taken, _) = next(iter(sources.items()))
+        if len(sources) == 1 and torch.equal(taken, torch.arange(self.entries[key][1].shape[0])):
+            return self._read(key).reshape(shape)
+        whole = torch.empty(shape).view(shape[0], -1)
+        for key, (taken, within) in sources.items():
+            whole[within] = self._read(key).flatten(1)[taken]
+        return whole.view(shape)
+
+    def _read(self, key: str) -> Tensor:
+        file, entry = self.entries[key]
+        if entry.dtype != "F32" or not entry.shape:
+            return read_tensor(file.path, file.header, entry).float()
+        if file.path not in self._mapped:
+            from safetensors import safe_open
+
+            self._mapped[file.path] = safe_open(file.path, "pt")
+        mapped: Tensor = self._mapped[file.path].get_tensor(key)
+        return mapped
+
+
+class Scattered(Mapping[str, Tensor]):
+    """The keys of one part after changed *weights* took their places, in the file's dtypes, each made when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, part: str, weights: Mapping[str, Tensor]) -> None:
+        self.checkpoint, self.part, self.weights = checkpoint, part, weights
+        self.rows = rows_of(checkpoint, part)
+        self.names: dict[str, list[str]] = {}
+        """Per key, the names of the changed weights that have rows in it."""
+        for name in weights:
+            for key in self.rows.sources(name):
+                self.names.setdefault(key, []).append(name)
+
+    def __getitem__(self, key: str) -> Tensor:
+        own = {name: self.weights[name] for name in self.names[key]}
+        return self.rows.scatter(own, self.original, key)
+
+    def __iter__(self) -> Any:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def original(self, key: str) -> Tensor:
+        """The key's tensor as it is in the checkpoint."""
+        file, entry = self.place(key)
+        return read_tensor(file.path, file.header, entry)
+
+    def place(self, key: str) -> tuple[WeightFile, Entry]:
+        return self.checkpoint.entries[self.part][key]
