@@ -140,7 +140,9 @@ def test_the_scope_names_what_was_attacked(sections: dict[str, str]) -> None:
 
 def test_every_attack_has_its_numbers_and_the_metric_that_decides(sections: dict[str, str]) -> None:
     said = sections["attacks"]
-    assert re.search(r"effnet decides up to 5\d\.\d% possible 3\d\.\d% 3\d\.\d% to 3\d\.\d% 5\d\.\d% ", said)
+    # the planted course falls behind again before its end: an attacker stops there
+    assert "effnet-style decides, best after 200 steps up to 36.9% possible 30.4% 28.9% to 32.4% 84.2%" in said
+    assert re.search(r"effnet up to 5\d\.\d% possible 31\.\d% ", said)
     assert "pixel not judged" in said
     assert "never within 400" in said
     assert "Baselines" in said
@@ -444,7 +446,15 @@ def test_the_terminal_table_fits(width: int, folder: Path, tmp_path: Path, monke
         results.say(json.loads((folder / "summary.json").read_text()))
     text = said.read_text(encoding="utf-8")
     assert max(map(len, text.splitlines())) <= width
-    for whole in ("textual-inversion", "learning_rate=0.0012", "not resistant", "271 → never", "effnet-style", "31.0%"):
+    for whole in (
+        "textual-inversion",
+        "learning_rate=0.0012",
+        "not resistant",
+        "never within",
+        "effnet-style",
+        "30.4%",
+        "best after",
+    ):
         assert whole in text, whole
 
 

@@ -268,11 +268,20 @@ def _is_record(record: Any) -> bool:
     """Whether *record* has the form of imma's own; anybody can write anything under its key."""
     if not isinstance(record, dict) or not isinstance(record.get("settings", {}), dict):
         return False
-    lists = [record.get(key, []) for key in ("attacks", "concepts")]
-    return all(
+    attacks, concepts = (record.get(key, []) for key in ("attacks", "concepts"))
+    if not all(
         isinstance(many, list) and all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in many)
-        for many in lists
-    ) and all(isinstance(one.get("sha256", []), list) for one in lists[1])
+        for many in (attacks, concepts)
+    ):
+        return False
+    hashes = [one.get(key, []) for one in concepts for key in ("sha256", "captions_sha256")]
+    texts = [one.get("spec", "") for one in attacks]
+    tables = [one.get(key) or {} for one in attacks for key in ("settings", "rates")]
+    return (
+        all(isinstance(many, list) and all(isinstance(one, str) for one in many) for many in hashes)
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(table, dict) for table in tables)
+    )
 
 
 def _is_model_folder(path: Path) -> bool:

@@ -36,6 +36,10 @@ app.command("new-attack")(new_attack.new_attack)
 app.command()(inspect.inspect)
 
 
+FAULT = 70
+"""The exit code of a fault of the program's own, as in sysexits.h."""
+
+
 class Interrupted(BaseException):
     """Ctrl-C, or a request to end. Not KeyboardInterrupt, which typer would turn into an abort of its own."""
 
@@ -90,6 +94,9 @@ def main() -> None:
     except ImmaError as error:
         show_error(error)
         sys.exit(2)
+    except Exception:  # noqa: BLE001 - a fault of imma's own, or of a plugin, keeps its traceback
+        sys.excepthook(*sys.exc_info())
+        sys.exit(FAULT)  # never 1: for `imma verify` that is a verdict
     except Interrupted:
         err.print("Interrupted. No half file was left; the input and earlier outputs are as they were.")
         sys.exit(130)

@@ -81,12 +81,14 @@ def inputs(
     from imma_cli.attacks.manager import discover, simulated
     from imma_cli.attacks.settings import parse_attacks
     from imma_cli.checkpoints import open_checkpoint
-    from imma_cli.concepts.folders import read_concept
+    from imma_cli.concepts.folders import read_concept, require_text
 
     registry = discover()
     attacks = refusals.check(parse_attacks, attack or (simulated(registry) if default else []), registry)
     if any(not name.strip() for name in concept):
         refusals.add("A --concept is empty.")
+    for name in concept:
+        refusals.check(require_text, "--concept", name)
     repeated = sorted({name for name in concept if concept.count(name) > 1})
     if repeated:
         refusals.add(f"--concept {repeated[0]!r} is given twice.")

@@ -26,7 +26,9 @@ def say(summary: Mapping[str, Any]) -> None:
         below = setting if row.model == "hardened" else f"on {words.MODELS[row.model]}"
         table.add_row(
             f"{escape(row.name)}\n[dim]{escape(below)}[/]",
-            "no pictures" if decided is None else f"{_sgr(decided.sgr)}\n[dim]{escape(decided.metric)}[/]",
+            "no pictures"
+            if decided is None
+            else f"{_sgr(decided.sgr)}\n[dim]{escape(decided.metric)}{_stopped(decided.stopped)}[/]",
             "–" if decided is None else escape(decided.recovery),
             _sgr(row.benign),
             f"[{colour}]{row.verdict}[/]",
@@ -53,6 +55,10 @@ def say(summary: Mapping[str, Any]) -> None:
         out.print(f"  - {escape(note)}", soft_wrap=False)
 
 
+def _stopped(steps: int | None) -> str:
+    return "" if steps is None else f"\nbest after {steps}"
+
+
 def _sgr(estimate: Mapping[str, Any] | None) -> str:
     """The number, and below it its interval."""
     from imma_cli.verification.report import words
@@ -60,7 +66,7 @@ def _sgr(estimate: Mapping[str, Any] | None) -> str:
     if estimate is None:
         return "–"
     if estimate["estimate"] is None:
-        return "undefined"
+        return "not judged"
     bounds = "no interval" if estimate["low"] is None else words.interval(estimate)
     shown = "" if estimate["low"] is None or estimate["difference_shown"] else "\n[yellow]no difference shown[/]"
     return f"[bold]{words.percent(estimate['estimate'])}[/]\n{bounds}{shown}"

@@ -159,7 +159,7 @@ def verify(
     study = setup.study(budget)
     for warning in () if quiet else study.warnings:
         err.print(f"[yellow]Warning:[/] {escape(warning)}")
-    kept = Kept(study, report if rank.speaks else None)
+    kept = Kept(study, report, writes=rank.speaks)
     adapters = verifying.open_adapters(save_adapters, study)
     shared = verifying.open_storage(storage, report, study.study, retry_failed=retry_failed)
     campaign = setup.campaign(study, shared, baselines=baselines, adapters=adapters)

@@ -77,7 +77,7 @@ def read_inputs(
     from imma_cli.attacks.manager import discover
     from imma_cli.attacks.settings import parse_attacks
     from imma_cli.checkpoints import open_checkpoint
-    from imma_cli.concepts.folders import read_concept
+    from imma_cli.concepts.folders import read_concept, require_text
     from imma_cli.verification.metrics import default_metrics, discover_metrics, parse_metrics
     from imma_cli.verification.setup import Inputs
 
@@ -87,6 +87,7 @@ def read_inputs(
     hardened, original = (refusals.check(open_checkpoint, path, config if path.is_file() else None) for path in files)
     if not concept:
         refusals.add("--concept is empty.")
+    refusals.check(require_text, "--concept", concept)
     if judge is not None and images is None:
         refusals.add("--judge needs --images: the attacker's pictures.")
     pictures = refusals.check(read_concept, concept, images) if images else None

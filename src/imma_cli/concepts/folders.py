@@ -22,6 +22,7 @@ def read_concept(name: str, folder: Path) -> Concept:
     Raises:
         ImmaError: there is no such folder, it holds no pictures, pictures cannot be read, or captions name missing ones.
     """
+    require_text("The concept's name", name)
     if not folder.is_dir():
         raise ImmaError(f"{folder} is not a folder of pictures.")
     reasons: list[str] = []
@@ -54,7 +55,18 @@ def read_concept(name: str, folder: Path) -> Concept:
     if reasons:
         raise ImmaError(f"The pictures in {folder} cannot be used.", reasons)
     texts = tuple((captions or {}).get(n, "") or name for n in names)
-    return Concept(name, tuple(images), texts, folder.resolve().name)
+    return Concept(name, tuple(images), texts, folder.resolve().name.encode("utf-8", "replace").decode())
+
+
+def require_text(what: str, text: str) -> None:
+    """Raises ImmaError where *text*, which *what* says where it is from, holds what no UTF-8 file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = text.encode("utf-8", "replace").decode()
+        raise ImmaError(
+            f"{what} {shown!r} holds characters that are not text: is it in another encoding than UTF-8?"
+        ) from None
 
 
 def _first(reasons: Iterable[str], count: int = 8) -> list[str]:
@@ -100,6 +112,8 @@ def _captions(folder: Path, reasons: list[str]) -> dict[str, str] | None:
             or not isinstance(row.get("text"), str)
         ):
             wrong.append(f"{path.name}: entry {number} has no file_name or no text")
+        elif row["text"].encode("utf-8", "replace").decode() != row["text"]:
+            wrong.append(f"{path.name}: the text of entry {number} holds characters that are not text")
         elif row["file_name"] in captions:
             wrong.append(f"{path.name}: {row['file_name']} is named twice")
         else:

@@ -60,7 +60,7 @@ def similarities(
     fault = f"The metric {metric.name} failed."
     try:
         table = np.asarray(metric.similarity(references, images), dtype=np.float64)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ImmaError(fault, [named(error)], WITHOUT_IT) from error
     if table.shape != (len(references), len(images)):
         what = f"it gave numbers of the shape {table.shape} for {len(references)} x {len(images)} pairs"
@@ -70,6 +70,6 @@ def similarities(
     return table
 
 
-def named(error: Exception) -> str:
-    """*error* with its class, as its text alone often says little."""
-    return f"{type(error).__name__}: {error}"
+def named(error: BaseException) -> str:
+    """*error* with its class, as its text alone often says little; in characters that can be written to a file."""
+    return f"{type(error).__name__}: {error}".encode("utf-8", "replace").decode()

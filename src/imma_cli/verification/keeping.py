@@ -42,11 +42,12 @@ def check_folder(folder: Path) -> None:
 class Kept:
     """What is known of *study*: what its *folder* held before, and what its storage holds now."""
 
-    def __init__(self, study: Study, folder: Path | None) -> None:
-        """Raises ImmaError where *folder* holds the trials of another study (says in what it differs) or damaged lines."""
+    def __init__(self, study: Study, folder: Path | None, *, writes: bool = True) -> None:
+        """One of several processes *writes*. Raises ImmaError where *folder* holds the trials of another study (says in what it differs) or damaged lines."""
         self.study = study
         self.folder = folder
         self._earlier = Records(())
+        self.writes = writes
         if folder is not None and (folder / TRIALS).exists():
             self._earlier = self._read(folder)
 
@@ -87,7 +88,7 @@ class Kept:
 
     def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """``trials.jsonl`` and ``pictures.jsonl``, each whole or not at all; the same lines give the same bytes."""
-        if self.folder is None:
+        if self.folder is None or not self.writes:
             return
         records = self.records(lines)
         numbers = (self.study, *records.weights, *records.untouched, *records.measurements)

@@ -68,7 +68,7 @@ def warnings(provenance: Mapping[str, Any] | None, harmful: Material, *benign: M
         same = len(texts & set(hashed(written)))
         if same:
             found.append(f"{same} of the attacker's captions were used for hardening: real attackers write others.")
-        if harmful.name not in {c["name"] for c in concepts}:
+        if harmful.name.casefold() not in {c["name"].casefold() for c in concepts}:
             hardened_for = ", ".join(repr(c["name"]) for c in concepts) or "no concept"
             found.append(f"The file says that it was hardened for {hardened_for}, not for {harmful.name!r}.")
     both = len(set(harmful.pictures.hashes) & set(harmful.judge.hashes))

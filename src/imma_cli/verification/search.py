@@ -61,7 +61,7 @@ def require_searchable(attack: Attack, model: Model, *, searched: bool) -> None:
             typed(attack, rates)
     except ImmaError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reasons = [f"{type(error).__name__}: {error}"]
         raise ImmaError(f"The attack {attack.name} cannot be set up.", reasons, "Leave it out, or mend it.") from error
 

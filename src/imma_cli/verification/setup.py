@@ -118,9 +118,18 @@ class Setup:
             self.effort,
             steps,
             self.runtime,
-            warnings(record, *materials),
+            [*warnings(record, *materials), *self._another_original()],
             batch_size=self.batch_size,
         )
+
+    def _another_original(self) -> list[str]:
+        made_from = (self.inputs.hardened.provenance or {}).get("input_sha256")
+        if made_from in (None, self.inputs.original.sha256):
+            return []
+        return [
+            "The file says that it was made from another checkpoint than the one it is compared with: the difference is not "
+            "hardening's alone."
+        ]
 
     def campaign(
         self, study: Study, storage: Storage, *, baselines: bool, adapters: Adapters | None = None

@@ -126,6 +126,41 @@ class Comparison:
         grids = _grids(metric, (self.original, step), (self.other, step))
         return self._missing(f"no pair of trials at step {step}") if grids is None else sgr(*grids, level=self.level)
 
+    def stops(self, metric: str) -> tuple[int, int] | None:
+        """After how many steps the attackers of the original and of the other model had best stop: where the mean is highest.
+
+        Nobody trains on once the pictures get worse. None where *metric* was not measured along a budget.
+        """
+        curves = [
+            _pooled(_along(curves[seed], metric) for seed in self.seeds) for curves in (self.original, self.other)
+        ]
+        if not all(curves):
+            return None
+        first, second = (max(curve, key=lambda step: (curve[step], step)) for curve in curves)
+        return first, second
+
+    def sgr_at_best(self, metric: str) -> Estimate:
+        """SGR between two attackers who each stopped where their pictures were best."""
+        stops = self.stops(metric)
+        grids = None if stops is None else _grids(metric, (self.original, stops[0]), (self.other, stops[1]))
+        return (
+            self._missing("no pair of trials was measured along the budget")
+            if grids is None
+            else sgr(*grids, level=self.level)
+        )
+
+    def gain_on_other(self, metric: str) -> tuple[Estimate, float | None]:
+        """What the attack gets from the other model at its best, beyond what the original draws before any attack.
+
+        In units of the metric, and as a share of what it gets: what an SGR could be at most of a model that gave none of it.
+        """
+        stops = self.stops(metric)
+        grids = None if stops is None else _grids(metric, (self.original, 0), (self.other, stops[1]))
+        if grids is None:
+            return self._missing("not measured before the attack and after it with the same seed"), None
+        share = float(1 - grids[0].mean() / grids[1].mean()) if grids[1].mean() > 0 else None
+        return gain(*grids, level=self.level), share
+
     def gain(self, metric: str, step: int) -> Estimate:
         """What *step* steps add to the similarity on the original: an attack that adds nothing there shows nothing."""
         grids = _grids(metric, (self.original, 0), (self.original, step))

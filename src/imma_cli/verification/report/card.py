@@ -10,7 +10,7 @@ from typing import Any
 
 from imma_cli.verification.records import Records
 from imma_cli.verification.report import gaps, words
-from imma_cli.verification.report.rows import AttackRow, attack_rows, end_of_budget
+from imma_cli.verification.report.rows import AttackRow, MetricRow, attack_rows, end_of_budget
 
 TASK = "text-to-image"
 
@@ -108,11 +108,18 @@ def _hardened_against(scope: Mapping[str, Any] | None) -> str:
         return "The file does not say how it was hardened."
     concepts = [_md(f"“{c.get('name')}”") for c in provenance.get("concepts", ())]
     attacks = [_code(str(a.get("spec", a.get("name")))) for a in provenance.get("attacks", ())]
-    lines = [
-        f"Fine-tuning with {words.listed(attacks) or 'attacks that are not named'} to draw "
-        f"{words.listed(concepts) or 'concepts that are not named'}, as simulated by {_md(str(provenance.get('tool')))} "
-        f"{_md(str(provenance.get('version')))}."
-    ]
+    named = words.listed(concepts) or "concepts that are not named"
+    by = f"{_md(str(provenance.get('tool')))} {_md(str(provenance.get('version')))}"
+    lines = []
+    if erased := provenance.get("erase"):
+        method = erased.get("method") if isinstance(erased, dict) else None
+        lines.append(f"{named} was erased{f' by {_md(str(method))}' if method else ''}, with {by}.")
+    if attacks or not erased:
+        lines.append(
+            f"Fine-tuning with {words.listed(attacks) or 'attacks that are not named'} to draw {named}, as simulated by {by}."
+        )
+    if not attacks and erased:
+        lines.append("No fine-tuning was simulated: the model was erased, not hardened.")
     if "input_sha256" in provenance:
         lines.append(f"The original's SHA-256: {_code(str(provenance['input_sha256']))}.")
     if scope is not None and "hardened" in scope["models"]:
@@ -129,7 +136,7 @@ def _measured(rows: list[AttackRow]) -> str:
             _md(row.concept),
             str(row.budget),
             str(len(row.seeds)),
-            _md("–" if line is None else line.metric + (" (decides)" if line.decides else "")),
+            _md("–" if line is None else line.metric + _decides(line)),
             _md("not measured" if line is None else words.sgr(line.sgr)),
             _md("–" if line is None else words.sgr(line.prevented)),
             _md("–" if line is None else line.recovery),
@@ -140,6 +147,12 @@ def _measured(rows: list[AttackRow]) -> str:
     ]
     header = ["attack", "concept", "steps", "seeds", "metric", "SGR", "gain prevented", "steps to recover", "verdict"]
     return _table(header, cells)
+
+
+def _decides(line: MetricRow) -> str:
+    if not line.decides:
+        return ""
+    return " (decides)" if line.stopped is None else f" (decides, best after {line.stopped} steps)"
 
 
 def _price(summary: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from imma_cli.verification.lines import rounded
 from imma_cli.verification.report import words
 
+NOT_JUDGED = "it adds too little on the original to be judged"
 Summary = Mapping[str, Any]
 Comparison = Mapping[str, Any]
 
@@ -20,7 +21,9 @@ class MetricRow:
 
     metric: str
     sgr: Mapping[str, Any] | None
-    """Estimate at the end of the budget; None where it was not measured there."""
+    """Estimate at the end of the budget, or where the attackers had best stop if that decides; None where it was not measured."""
+    stopped: int | None
+    """After how many steps the hardened model's attacker then stops."""
     judged: bool
     """False for a metric that the thresholds leave out, or in which the attack does not show on the original."""
     decides: bool
@@ -60,9 +63,7 @@ class AttackRow:
 
     @property
     def benign(self) -> Mapping[str, Any] | None:
-        """The benign SGR of the metric that decided, else the largest."""
-        if self.deciding is not None and self.deciding.decides:
-            return self.deciding.benign
+        """The largest benign SGR by any metric: a price is not less for another metric's not seeing it."""
         return largest(row.benign for row in self.metrics)
 
 
@@ -80,9 +81,10 @@ def end_of_budget(comparison: Comparison, metric: str) -> Mapping[str, Any] | No
 
 
 def largest(estimates: Iterable[Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
-    """The largest of the estimates that could be computed."""
-    known = [e for e in estimates if e is not None and e["estimate"] is not None]
-    return max(known, key=lambda e: float(e["estimate"])) if known else None
+    """The largest of the estimates that could be computed; if none could, one that says why."""
+    there = [e for e in estimates if e is not None]
+    known = [e for e in there if e["estimate"] is not None]
+    return max(known, key=lambda e: float(e["estimate"])) if known else next(iter(there), None)
 
 
 def setting_of(comparison: Comparison) -> tuple[str, ...]:
@@ -105,10 +107,12 @@ def grouped(summary: Summary, purpose: str) -> Iterator[list[Comparison]]:
 def _row(comparison: Comparison, summary: Summary) -> AttackRow:
     judgement = comparison["judgement"]
     judging = comparison["validity"]["metrics"]
+    stopped = judgement["stopped"] if judgement["sgr"] else None
     metrics = [
         MetricRow(
             metric,
-            end_of_budget(comparison, metric),
+            judgement["sgr"] if metric == judgement["metric"] and stopped else end_of_budget(comparison, metric),
+            stopped if metric == judgement["metric"] else None,
             metric in judging,
             metric == judgement["metric"],
             comparison["prevented"].get(metric),
@@ -136,4 +140,7 @@ def _benign(comparison: Comparison, metric: str, summary: Summary) -> Mapping[st
     benign = [c for c in summary["comparisons"] if c["purpose"] == "benign" and c["model"] == comparison["model"]]
     attack = comparison["attack"]
     same = [c for c in benign if c["attack"] == attack] or [c for c in benign if c["attack"]["name"] == attack["name"]]
-    return largest(end_of_budget(c, metric) for c in same if metric in c["validity"]["metrics"])
+    judged = [c for c in same if metric in c["validity"]["metrics"]]
+    if same and not judged:
+        return {"estimate": None, "low": None, "high": None, "difference_shown": False, "reason": NOT_JUDGED}
+    return largest(end_of_budget(c, metric) for c in judged)
