@@ -135,6 +135,16 @@ class Noisy(Shift):
         return super().loss(model, batch) + torch.rand(())
 
 
+class Remembers(Shift):
+    """Its loss depends on how often it was trained, which no parameter tells."""
+
+    trained = 0
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        self.trained += torch.is_grad_enabled()
+        return super().loss(model, batch) * self.trained
+
+
 class Stubborn(Shift):
     """Its loss never falls."""
 
@@ -211,6 +221,7 @@ class TestTheContractOfShift(AttackContract):
         (Swallows, "test_an_exception_in_the_middle_leaves_no_trace", "swallows"),
         (Unseeded, "test_the_same_seed_gives_the_same_parameters", "two results"),
         (Unseeded, "test_a_model_can_be_hardened_against_it", "the same seed"),
+        (Remembers, "test_a_model_can_be_hardened_against_it", "after an interruption"),
         (Noisy, "test_the_loss_follows_from_the_batch_alone", "two losses"),
         (Stubborn, "test_it_attaches_parameters_and_learns", "did not fall"),
         (InPlaceUntold, "test_it_attaches_parameters_and_learns", "in_place"),

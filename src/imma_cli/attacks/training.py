@@ -93,6 +93,25 @@ def gradient_step(
     return value
 
 
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The rates and moments of *optimizer*: what it has besides its settings, for :func:`restore_optimizer`."""
+    state = optimizer.state_dict()
+    return {
+        "rates": [group["lr"] for group in state["param_groups"]],
+        "moments": {str(number): dict(moments) for number, moments in state["state"].items()},
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Make *optimizer*, made anew over the same parameters with the same settings, go on where *saved* was taken."""
+    groups = optimizer.state_dict()["param_groups"]
+    for group, rate in zip(groups, saved["rates"], strict=True):
+        group["lr"] = rate
+    optimizer.load_state_dict(
+        {"param_groups": groups, "state": {int(number): moments for number, moments in saved["moments"].items()}}
+    )
+
+
 def attacker_optimizer(
     settings: AttackSettings, parameters: Sequence[Group], learning_rate: float
 ) -> torch.optim.Optimizer:
@@ -130,6 +149,21 @@ class Attacker:
         loss = gradient_step(self.optimizer, self.parameters, loss_of, self.max_grad_norm)
         self.schedule.step()
         return loss
+
+    def state(self) -> dict[str, Any]:
+        """Everything that steps change."""
+        return {
+            "parameters": list(self.parameters),
+            "optimizer": optimizer_state(self.optimizer),
+            "steps": self.schedule.last_epoch,
+        }
+
+    @torch.no_grad()
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        for parameter, value in zip(self.parameters, saved["parameters"], strict=True):
+            parameter.copy_(value)
+        restore_optimizer(self.optimizer, saved["optimizer"])
+        self.schedule.last_epoch = saved["steps"]
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], rates: Preset, rate_of: Callable[[str], float]) -> list[Group]:

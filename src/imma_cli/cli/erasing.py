@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from imma_cli.cli.console import out
 from imma_cli.cli.progress import course
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
     from imma_cli.immunizers.erasing import Settings
+    from imma_cli.immunizers.keeper import Keeper
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,33 @@ class Erased:
 
 
 def carry_out(
-    model: Model, names: Sequence[str], settings: Settings, runtime: Runtime, keep: Sequence[str], *, quiet: bool
+    model: Model,
+    names: Sequence[str],
+    settings: Settings,
+    runtime: Runtime,
+    keep: Sequence[str],
+    keeper: Keeper,
+    *,
+    quiet: bool,
 ) -> Erased:
     """Erase the concepts *names* from *model*, in memory, with a bar."""
     from imma_cli.immunizers.erasing import erase, steps_of
 
-    distances: list[float] = []
-    with course("Erasing", steps_of(model, names, settings), quiet=quiet) as advance:
+    def make() -> tuple[dict[str, Tensor], list[float]]:
+        distances: list[float] = []
+        with course("Erasing", steps_of(model, names, settings), quiet=quiet) as advance:
 
-        def show(done: int, doing: str, distance: float | None) -> None:
-            if distance is not None:
-                distances.append(distance)
-            advance(done, doing=doing, distance=distance)
+            def show(done: int, doing: str, distance: float | None) -> None:
+                if distance is not None:
+                    distances.append(distance)
+                advance(done, doing=doing, distance=distance)
 
-        after = erase(model, names, settings, runtime, keep, show)
+            return erase(model, names, settings, runtime, keep, show), distances
+
+    def unpack(saved: dict[str, Any]) -> tuple[dict[str, Tensor], list[float]]:
+        return {name: weight.to(model.device) for name, weight in saved["after"].items()}, saved["distances"]
+
+    after, distances = keeper.once("erased", make, lambda done: {"after": done[0], "distances": done[1]}, unpack)
     before = {name: weight.detach().clone() for name, weight in model.unet.named_parameters() if name in after}
     model.unet.load_state_dict(after, strict=False)
     return Erased(settings, before, after, distances)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 
-from imma_cli.cli import erasing, hardened, hardening
+from imma_cli.cli import erasing, hardened, hardening, resuming
 from imma_cli.cli.console import Refusals, err, print_json
 from imma_cli.cli.inputs import beside, check_methods, check_unused, inputs
 from imma_cli.cli.progress import waiting
@@ -94,6 +94,14 @@ def harden(
     config: Annotated[
         Path | None, typer.Option(help="Configuration folder in diffusers' layout, for widths that imma does not know.")
     ] = None,
+    save_every: Annotated[
+        float,
+        typer.Option(min=0, help="Minutes after which the state of the run is saved beside the output; 0: never."),
+    ] = 10,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the state that the same command saved; if there is none, start."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write nothing: say what would change, where, and what it would take.")
     ] = False,
@@ -123,6 +131,7 @@ def harden(
         )
     if opened is not None:
         refusals.check(opened.check_output, target, force=force or dry_run)
+    saved = refusals.check(resuming.existing, target) if resume and not dry_run else None
 
     from imma_cli.families.runtime import choose_runtime
 
@@ -148,15 +157,15 @@ def harden(
     settings = hardening.settings_for(method, protect, strength, steps, outer_learning_rate, batch_size, seed)
     settings = hardening.checked(settings, model, len(attacks) * len(concept))
     erasing_settings = erasing_settings_for(model, erase, seed) if erase else None
-    drawing_seconds = 0.0
-    if settings and not images:
-        count = 2 if dry_run else draw
-        concepts, seconds = hardening.draw_all(model, concept, count, seed, quiet=json)
-        drawing_seconds = seconds / count * draw
+    draws = draw if settings and not images else 0
     concepts = concepts or erasing.named_only(concept)
     if dry_run:
         from imma_cli.cli.planning import say_plan
 
+        drawing_seconds = 0.0
+        if draws:
+            concepts, seconds = hardening.draw_all(model, concept, 2, seed, quiet=json)
+            drawing_seconds = seconds / 2 * draws
         say_plan(
             model,
             attacks,
@@ -171,25 +180,27 @@ def harden(
         )
         return
 
-    erased = None
-    if erasing_settings:
-        erased = erasing.carry_out(model, concept, erasing_settings, runtime, keep or (), quiet=json)
-    result = hardening.carry_out(model, attacks, concepts, settings, runtime, keep or (), quiet=json)
+    def record(simulated_steps: int | None = None) -> dict[str, Any]:
+        return hardened.provenance(
+            opened, attacks, concepts, settings, runtime, model, keep or (), seed, erasing_settings, simulated_steps
+        )
+
+    with waiting("Hashing the checkpoint", quiet=json):
+        asked = resuming.command_of(record(), opened.config, drawn=draws, gradient_checkpointing=gradient_checkpointing)
+    if saved:
+        resuming.require_same(saved, asked)
+    with resuming.keeping(target, asked, save_every, saved, resume=resume, quiet=json) as keeper:
+        if draws:
+            concepts = hardening.drawn(model, concept, draws, seed, keeper, quiet=json)
+        erased = None
+        if erasing_settings:
+            erased = erasing.carry_out(model, concept, erasing_settings, runtime, keep or (), keeper, quiet=json)
+        result = hardening.carry_out(model, attacks, concepts, settings, runtime, keep or (), keeper, quiet=json)
     changes = hardened.Changes.of(model, erased, result)
     with waiting("Writing", quiet=json):
-        provenance = hardened.provenance(
-            opened,
-            attacks,
-            concepts,
-            settings,
-            runtime,
-            model,
-            keep or (),
-            seed,
-            erasing_settings,
-            result.simulated_steps,
-        )
+        provenance = record(result.simulated_steps)
         written = opened.write(target, changes.by_part(), provenance, force=force)
+        keeper.remove()
     if json:
         print_json(hardened.report(written, changes, result, provenance, erased))
     else:

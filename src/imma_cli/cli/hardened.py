@@ -149,7 +149,7 @@ def say_checks(result: Immunized) -> None:
     """The course of the short attacks, which of these states was taken, and whether it is within the limit."""
     for check in result.checks:
         got = "" if check.prevented is None else f", {max(0.0, 1 - check.prevented):.0%} of its gain on the original"
-        taken = " [green](taken)[/]" if check is result.taken else ""
+        taken = " [green](taken)[/]" if check == result.taken else ""
         out.print(
             f"  after {check.cycle} cycles: a short attack comes to a loss of {check.loss:.4f}{got}; "
             f"predictions for other prompts moved by {check.drift:.4f}{taken}"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
     from imma_cli.immunizers.imma import Immunized, ImmunizerSettings, Step
+    from imma_cli.immunizers.keeper import Keeper
     from imma_cli.immunizers.retention import Retention
     from imma_cli.immunizers.scope import Protect
     from imma_cli.immunizers.settings import EpisodesSettings, Strength
@@ -73,6 +74,18 @@ def checked(settings: HardeningSettings | None, model: Model, pairs: int) -> Har
     return settings.resolved(model)
 
 
+def drawn(model: Model, names: Sequence[str], count: int, seed: int, keeper: Keeper, *, quiet: bool) -> list[Concept]:
+    """*count* pictures of each concept by the model itself."""
+    from imma_cli.concepts.drawing import packed, unpacked
+
+    return keeper.once(
+        "drawn",
+        lambda: draw_all(model, names, count, seed, quiet=quiet)[0],
+        lambda concepts: {"concepts": [packed(concept) for concept in concepts]},
+        lambda saved: [unpacked(concept) for concept in saved["concepts"]],
+    )
+
+
 def draw_all(model: Model, names: Sequence[str], count: int, seed: int, *, quiet: bool) -> tuple[list[Concept], float]:
     """*count* pictures of each concept by the model itself, and the seconds that took."""
     from imma_cli.concepts.drawing import draw_concept
@@ -106,29 +119,33 @@ def carry_out(
     settings: HardeningSettings | None,
     runtime: Runtime,
     keep: Sequence[str],
+    keeper: Keeper,
     *,
     quiet: bool,
 ) -> Immunized:
     """Harden with a bar for each thing that takes its time; nothing where *settings* is None."""
     from imma_cli.immunizers.episodes import immunize_in_episodes
     from imma_cli.immunizers.imma import Immunized, immunize
+    from imma_cli.immunizers.retention import retained
     from imma_cli.immunizers.settings import EpisodesSettings
+
+    def show(step: Step) -> None:
+        advance(step.cycle, **_curves(step))
 
     if settings is None:
         return Immunized({})
     cycles = cycles_of(model, attacks, concepts, settings)
     if not isinstance(settings, EpisodesSettings):
         with course("Hardening", cycles, quiet=quiet) as advance:
-            return immunize(
-                model, attacks, concepts, settings, runtime, lambda step: advance(step.cycle, **_curves(step))
-            )
-    retention = retention_for(model, concepts, settings, runtime, keep, quiet=quiet)
-
-    def show(step: Step) -> None:
-        advance(step.cycle, **_curves(step))
-
+            return immunize(model, attacks, concepts, settings, runtime, show, keeper)
+    retention = keeper.once(
+        "retention",
+        lambda: retention_for(model, concepts, settings, runtime, keep, quiet=quiet),
+        vars,
+        lambda saved: retained(saved, model.device),
+    )
     with course("Hardening", cycles, quiet=quiet) as advance:
-        return immunize_in_episodes(model, attacks, concepts, settings, runtime, retention, on_step=show)
+        return immunize_in_episodes(model, attacks, concepts, settings, runtime, retention, on_step=show, keeper=keeper)
 
 
 def retention_for(

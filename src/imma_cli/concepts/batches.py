@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -82,15 +82,27 @@ class TrainingSet:
         self.timesteps = model.family.training_timesteps(model)
         self.batch_size = batch_size
         self.generator = torch.Generator().manual_seed(seed)
-        self._order = self._indices()
+        self.order: list[int] = []
+        """The pictures that are still to come in this epoch."""
 
-    def _indices(self) -> Iterator[int]:
-        while True:
-            yield from torch.randperm(len(self.latents), generator=self.generator).tolist()
+    def __iter__(self) -> TrainingSet:
+        return self
 
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            yield self.batch([next(self._order) for _ in range(self.batch_size)])
+    def __next__(self) -> Batch:
+        return self.batch([self._next_picture() for _ in range(self.batch_size)])
+
+    def _next_picture(self) -> int:
+        if not self.order:
+            self.order = torch.randperm(len(self.latents), generator=self.generator).tolist()
+        return self.order.pop(0)
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is."""
+        return {"generator": self.generator.get_state(), "order": list(self.order)}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self.generator.set_state(saved["generator"])
+        self.order = list(saved["order"])
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The pictures *rows* with fresh noise, timesteps and posterior sample."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
 
 from imma_cli.concepts.concept import Concept
 
@@ -42,3 +46,14 @@ def draw_concept(
         images += model.family.draw(model, captions[i : i + batch], seeds[i : i + batch])
         on_picture(len(images))
     return Concept(name, tuple(images), tuple(captions), "drawn by the model")
+
+
+def packed(concept: Concept) -> dict[str, Any]:
+    """*concept* as texts and uint8 tensors [height, width, 3]; :func:`unpacked` makes it a concept again."""
+    own = {"name": concept.name, "captions": concept.captions, "origin": concept.origin}
+    return own | {"images": [torch.from_numpy(np.array(image)) for image in concept.images]}
+
+
+def unpacked(saved: Mapping[str, Any]) -> Concept:
+    images = tuple(Image.fromarray(pixels.numpy()) for pixels in saved["images"])
+    return Concept(saved["name"], images, tuple(saved["captions"]), saved["origin"])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from imma_cli.attacks.training import NotFiniteError
 from imma_cli.verification.materials import split
@@ -66,14 +66,25 @@ class QuickCheck:
         runtime: Runtime,
         seed: int,
         steps: int = STEPS,
+        saved: Mapping[str, Any] | None = None,
     ) -> None:
+        """*saved* is the state of an earlier one, which has attacked the original already."""
         self.steps = steps
         self.model, self.retention, self.runtime, self.seed = model, retention, runtime, SEED + seed
         pairs = [(attack, concept) for attack in attacks for concept in concepts]
         self.pairs = random.Random(seed).sample(pairs, PAIRS) if len(pairs) > PAIRS else pairs
-        self.start, self.reached = self._attack()
-        self.best: Check | None = None
-        self.since_best = 0
+        measured: tuple[float, float] = (saved["start"], saved["reached"]) if saved else self._attack()
+        self.start, self.reached = measured
+        self.best = Check(**saved["best"]) if saved and saved["best"] else None
+        self.since_best: int = saved["since_best"] if saved else 0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "start": self.start,
+            "reached": self.reached,
+            "best": asdict(self.best) if self.best else None,
+            "since_best": self.since_best,
+        }
 
     def run(self, cycle: int, limit: float) -> Check:
         """Attack the model as it is now; `best` is this check where it is the best so far.

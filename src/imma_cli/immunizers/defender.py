@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from imma_cli.attacks.attack import Attack
-from imma_cli.attacks.training import Attacker, adamw, laid_out_as, require_finite, trainable
+from imma_cli.attacks.training import (
+    Attacker,
+    adamw,
+    laid_out_as,
+    optimizer_state,
+    require_finite,
+    restore_optimizer,
+    trainable,
+)
 from imma_cli.concepts.batches import Batch, TrainingSet
 from imma_cli.concepts.concept import Concept
 from imma_cli.errors import ImmaError
@@ -37,6 +46,21 @@ class Episode:
 
     def attacker_step(self, batch: Batch, runtime: Runtime) -> float:
         return self.attacker.step(lambda: runtime.forward(lambda: self.attack.loss(self.model, batch)))
+
+    def state(self) -> dict[str, Any]:
+        """What has changed since the attacker was attached. Of weights apart, those that he does not train move, too."""
+        return {
+            "attacker": self.attacker.state(),
+            "batches": self.batches.state(),
+            "weights": list(self.weights) if self.apart else [],
+        }
+
+    @torch.no_grad()
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self.attacker.restore(saved["attacker"])
+        self.batches.restore(saved["batches"])
+        for weight, value in zip(self.weights, saved["weights"], strict=self.apart):
+            weight.copy_(value)
 
 
 class Defender:
@@ -81,6 +105,30 @@ class Defender:
         self._descend(_clipped(harmful), kept, episode)
         self._price(drift)
         return float(loss.detach()), drift
+
+    def taken(self) -> dict[str, Tensor]:
+        """A copy of S_u as it is now, by state-dict name."""
+        return {name: weight.detach().clone() for name, weight in self.named.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that steps change."""
+        return {
+            "weights": list(self.weights),
+            "optimizer": optimizer_state(self.optimizer),
+            "multiplier": self.multiplier,
+            "drift": self.drift,
+            "generator": self.generator.get_state(),
+            "moved": list(self.moved),
+        }
+
+    @torch.no_grad()
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        for weight, value in zip(self.weights, saved["weights"], strict=True):
+            weight.copy_(value)
+        restore_optimizer(self.optimizer, saved["optimizer"])
+        self.multiplier, self.drift = saved["multiplier"], saved["drift"]
+        self.generator.set_state(saved["generator"])
+        self.moved = list(saved["moved"])
 
     def _held(self) -> tuple[float, Sequence[Tensor | None]]:
         """How far predictions for other prompts have moved, and the gradient that brings them back."""

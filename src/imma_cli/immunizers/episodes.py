@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from imma_cli.attacks.attack import Attack
 from imma_cli.attacks.training import Attacker, NotFiniteError
@@ -27,9 +27,11 @@ from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.checking import Check, QuickCheck
 from imma_cli.immunizers.defender import Defender, Episode
 from imma_cli.immunizers.imma import Immunized, Step
+from imma_cli.immunizers.keeper import Keeper
 from imma_cli.immunizers.retention import Retention
 from imma_cli.immunizers.settings import EpisodesSettings
 from imma_cli.immunizers.simulated import draw_attacker
+from imma_cli.immunizers.state import State, random_state, restore_random_state
 
 BLOWN_UP = 5
 """So many attackers in a row whose training blows up end the run: then it is not their settings."""
@@ -44,8 +46,11 @@ def immunize_in_episodes(
     retention: Retention,
     on_step: Callable[[Step], None] = lambda step: None,
     on_check: Callable[[Check], None] = lambda check: None,
+    keeper: Keeper | None = None,
 ) -> Immunized:
     """Immunize *model* against every attack on every concept. *model* itself stays as it was.
+
+    *keeper* may hold the state of a run that was interrupted: it is continued, to the same weights.
 
     Raises:
         NotFiniteError: a loss became NaN or infinite, whoever attacked.
@@ -54,15 +59,25 @@ def immunize_in_episodes(
     pairs = len(attacks) * len(concepts)
     settings.require_enough(model, pairs)
     cycles = settings.cycles(model)
+    keeper = keeper or Keeper()
     defender = Defender(model, settings, retention, runtime)
     before = [weight.detach().clone() for weight in defender.weights]
     result = Immunized({}, simulated_steps=settings.cycles_of_episode(cycles, pairs)[1] * settings.inner_steps)
-    best: list[Tensor] | None = None
     try:
+        run = Run(model, attacks, concepts, settings, runtime, defender, collected=keeper.keeps)
         checks = settings.checks_in(cycles)
-        check = QuickCheck(model, attacks, concepts, retention, runtime, settings.seed) if checks else None
+        saved = keeper.begin()
+        its = saved["check"] if saved else None
+        check = QuickCheck(model, attacks, concepts, retention, runtime, settings.seed, saved=its) if checks else None
         every = math.ceil(cycles / checks) if checks else cycles
-        for step in _run(model, attacks, concepts, settings, runtime, defender, cycles):
+        if saved:
+            result.restore(saved["result"], model.device)
+
+        def state() -> State:
+            return {"run": run.state(), "result": result.state(), "check": check.state() if check else None}
+
+        # popped: it is large, and not needed any more once it is restored
+        for step in run.steps(saved.pop("run") if saved else None):
             result.steps.append(step)
             on_step(step)
             if check and (step.cycle % every == 0 or step.cycle == cycles):
@@ -70,13 +85,12 @@ def immunize_in_episodes(
                 result.checks.append(found)
                 on_check(found)
                 if found is check.best:
-                    best = [weight.detach().clone() for weight in defender.weights]
-                    result.taken = found
+                    result.taken, result.weights = found, defender.taken()
                 if check.exhausted:
                     break
+            keeper.offer(state)
         result.unreached = tuple(n for n, moved in zip(defender.named, defender.moved, strict=True) if not moved)
-        final = best or [weight.detach().clone() for weight in defender.weights]
-        result.weights = dict(zip(defender.named, final, strict=True))
+        result.weights = result.weights or defender.taken()
     finally:
         with torch.no_grad():
             for weight, old in zip(defender.weights, before, strict=True):
@@ -84,45 +98,113 @@ def immunize_in_episodes(
     return result
 
 
-def _run(
-    model: Model,
-    attacks: Sequence[Attack],
-    concepts: Sequence[Concept],
-    settings: EpisodesSettings,
-    runtime: Runtime,
-    defender: Defender,
-    cycles: int,
-) -> Iterator[Step]:
-    """The loop itself: steps down of the attacker's, a defender's step, until the attacker's episode ends."""
-    rng = random.Random(settings.seed)
-    pairs = [(a, c) for a in attacks for c in concepts]
-    latents = {concept.name: encode(model, concept.images) for concept in concepts}
-    shortest, longest = settings.cycles_of_episode(cycles, len(pairs))
-    cycle = blown_up = 0
-    while cycle < cycles:
-        # every attack on every concept once, in another order each time
-        for attack, concept in rng.sample(pairs, len(pairs)):
-            length = round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))
-            length = min(length, cycles - cycle)
-            if not length:
-                return
-            steps = length * settings.inner_steps
-            with episode_of(model, attack, concept, latents[concept.name], steps, settings, defender, rng) as episode:
-                batches = iter(episode.batches)
+class Run:
+    """The course of episodes: whose turn it is, the one that is going on, and where it is.
+
+    An attacker that is attached anew must find the weights that it found then. So a state holds how things stood when
+    the episode began, and what has changed since.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        attacks: Sequence[Attack],
+        concepts: Sequence[Concept],
+        settings: EpisodesSettings,
+        runtime: Runtime,
+        defender: Defender,
+        *,
+        collected: bool,
+    ) -> None:
+        """*collected*: whether `state` is going to be asked for."""
+        self.model, self.settings, self.runtime, self.defender = model, settings, runtime, defender
+        self.collected = collected
+        self.pairs = [(a, c) for a in attacks for c in concepts]
+        self.latents = {concept.name: encode(model, concept.images) for concept in concepts}
+        self.cycles = settings.cycles(model)
+        self.cycle = self.blown_up = 0
+        self.rng = random.Random(settings.seed)
+        self.turns: list[int] = []
+        """The pairs whose turn is still to come before everyone's comes again."""
+        self.began: State = {}
+        self.episode: Episode
+
+    def steps(self, saved: State | None = None) -> Iterator[Step]:
+        """The loop itself: steps down of the attacker's, a defender's step, until the attacker's episode ends."""
+        if saved:
+            self._back_to_beginning(saved["began"])
+        while self.cycle < self.cycles:
+            self.began = self._beginning()
+            # every attack on every concept once, in another order each time
+            self.turns = self.turns or self.rng.sample(range(len(self.pairs)), len(self.pairs))
+            attack, concept = self.pairs[self.turns.pop(0)]
+            length = self._length()
+            with self._episode(attack, concept, length) as self.episode:
+                done = self._go_on(saved) if saved else 0
+                saved = None
                 try:
-                    for _ in range(length):
-                        for _ in range(settings.inner_steps):
-                            inner = episode.attacker_step(next(batches), runtime)
-                        loss, drift = defender.step(episode, cycle / cycles)
-                        cycle += 1
-                        yield Step(cycle, cycles, attack.name, concept.name, inner, loss, drift)
+                    for _ in range(done, length):
+                        for _ in range(self.settings.inner_steps):
+                            inner = self.episode.attacker_step(next(self.episode.batches), self.runtime)
+                        loss, drift = self.defender.step(self.episode, self.cycle / self.cycles)
+                        self.cycle += 1
+                        yield Step(self.cycle, self.cycles, attack.name, concept.name, inner, loss, drift)
                 except NotFiniteError:
                     # a drawn rate may be too high for the drawn optimizer; the next attacker begins anew anyway
-                    blown_up += 1
-                    if not settings.vary or blown_up == BLOWN_UP:
+                    self.blown_up += 1
+                    if not self.settings.vary or self.blown_up == BLOWN_UP:
                         raise
                 else:
-                    blown_up = 0
+                    self.blown_up = 0
+
+    def _length(self) -> int:
+        """How many cycles the next episode has."""
+        shortest, longest = self.settings.cycles_of_episode(self.cycles, len(self.pairs))
+        length = round(math.exp(self.rng.uniform(math.log(shortest), math.log(longest))))
+        return min(length, self.cycles - self.cycle)
+
+    def _episode(self, attack: Attack, concept: Concept, length: int) -> AbstractContextManager[Episode]:
+        latents, steps = self.latents[concept.name], length * self.settings.inner_steps
+        return episode_of(self.model, attack, concept, latents, steps, self.settings, self.defender, self.rng)
+
+    def state(self) -> State:
+        """Where the run is between two cycles, for `steps`."""
+        return {
+            "began": self.began,
+            "cycle": self.cycle,
+            "blown_up": self.blown_up,
+            "defender": self.defender.state(),
+            "episode": self.episode.state(),
+            "random": random_state(self.model.device),
+        }
+
+    def _beginning(self) -> State:
+        if not self.collected:
+            return {}
+        return {
+            "cycle": self.cycle,
+            "rng": self.rng.getstate(),
+            "turns": list(self.turns),
+            # not where the model is: a GPU has no room to spare
+            "weights": [weight.detach().to("cpu", copy=True) for weight in self.defender.weights],
+        }
+
+    @torch.no_grad()
+    def _back_to_beginning(self, began: State) -> None:
+        self.cycle = began["cycle"]
+        version, numbers, gauss = began["rng"]
+        self.rng.setstate((version, tuple(numbers), gauss))
+        self.turns = list(began["turns"])
+        for weight, value in zip(self.defender.weights, began["weights"], strict=True):
+            weight.copy_(value)
+
+    def _go_on(self, saved: Mapping[str, Any]) -> int:
+        """Both players as they were; gives how many cycles of the episode lie behind."""
+        self.cycle, self.blown_up = saved["cycle"], saved["blown_up"]
+        self.defender.restore(saved["defender"])
+        self.episode.restore(saved["episode"])
+        restore_random_state(saved["random"], self.model.device)
+        return self.cycle - int(self.began["cycle"])
 
 
 @contextmanager

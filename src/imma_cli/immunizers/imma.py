@@ -8,22 +8,24 @@ through the whole run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from imma_cli.attacks.attack import Attack
-from imma_cli.attacks.training import Attacker, adamw, gradient_step
-from imma_cli.concepts.batches import Batch, Latents, TrainingSet, encode
+from imma_cli.attacks.training import Attacker, adamw, gradient_step, optimizer_state, restore_optimizer
+from imma_cli.concepts.batches import Latents, TrainingSet, encode
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.checking import Check
+from imma_cli.immunizers.keeper import Keeper
 from imma_cli.immunizers.scope import Protect, protected_weights
+from imma_cli.immunizers.state import State, random_state, restore_random_state
 
 Method = Literal["imma", "maximize"]
 
@@ -71,6 +73,21 @@ class Immunized:
     unreached: tuple[str, ...] = ()
     """Weights of S_u that no attack's loss depended on, as the attacks computed with copies of them: they did not move."""
 
+    def state(self) -> State:
+        """The course so far."""
+        return {
+            "weights": self.weights,
+            "steps": [asdict(step) for step in self.steps],
+            "checks": [asdict(check) for check in self.checks],
+            "taken": asdict(self.taken) if self.taken else None,
+        }
+
+    def restore(self, saved: Mapping[str, Any], device: torch.device) -> None:
+        self.weights = {name: weight.to(device) for name, weight in saved["weights"].items()}
+        self.steps = [Step(**step) for step in saved["steps"]]
+        self.checks = [Check(**check) for check in saved["checks"]]
+        self.taken = Check(**saved["taken"]) if saved["taken"] else None
+
 
 @dataclass
 class Turn:
@@ -80,7 +97,7 @@ class Turn:
     concept: Concept
     model: Model
     attacker: Attacker
-    batches: Iterator[Batch]
+    batches: TrainingSet
     outer_learning_rate: float
     cycles: int
     runtime: Runtime
@@ -91,6 +108,14 @@ class Turn:
     def concept_loss(self) -> Tensor:
         return self.runtime.forward(lambda: self.attack.concept_loss(self.model, next(self.batches)))
 
+    def state(self) -> State:
+        """What has changed since the attacker was attached."""
+        return {"attacker": self.attacker.state(), "batches": self.batches.state()}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self.attacker.restore(saved["attacker"])
+        self.batches.restore(saved["batches"])
+
 
 def immunize(
     model: Model,
@@ -99,13 +124,17 @@ def immunize(
     settings: ImmunizerSettings,
     runtime: Runtime,
     on_step: Callable[[Step], None] = lambda step: None,
+    keeper: Keeper | None = None,
 ) -> Immunized:
     """Immunize *model* against every attack on every concept; they take turns. *model* itself stays as it was.
+
+    *keeper* may hold the state of a run that was interrupted: it is continued, to the same weights.
 
     Raises:
         NotFiniteError: a loss became NaN or infinite.
         ImmaError: an attack's loss depends on none of the protected weights.
     """
+    keeper = keeper or Keeper()
     protected = protected_weights(model.unet, settings.protect)
     before = {name: weight.detach().clone() for name, weight in protected.items()}
     result = Immunized({})
@@ -113,9 +142,13 @@ def immunize(
         with ExitStack() as stack:
             turns = _attach_all(stack, model, attacks, concepts, settings, protected, runtime)
             outer = adamw(list(protected.values()), turns[0].outer_learning_rate, maximize=True)
-            for step in _alternate(turns, outer, list(protected.values()), settings):
+            if saved := keeper.begin():
+                result.restore(saved["result"], model.device)
+                _restore(saved.pop("players"), protected, outer, turns)
+            for step in _alternate(turns, outer, list(protected.values()), settings, done=len(result.steps)):
                 result.steps.append(step)
                 on_step(step)
+                keeper.offer(lambda: {"result": result.state(), "players": _state(protected, outer, turns)})
             result.unreached = tuple(name for name, weight in protected.items() if weight not in outer.state)
             # an attack that trains in place puts the old weights back when it is detached: take the new ones first
             result.weights = {name: weight.detach().clone() for name, weight in protected.items()}
@@ -131,15 +164,39 @@ def _alternate(
     outer: torch.optim.Optimizer,
     protected: Sequence[nn.Parameter],
     settings: ImmunizerSettings,
+    done: int,
 ) -> Iterator[Step]:
     """The loop itself. Which step is whose follows from the cycle alone, never from the length of an epoch."""
     cycles = sum(turn.cycles for turn in turns)
     order = [turn for cycle in range(max(t.cycles for t in turns)) for turn in turns if cycle < turn.cycles]
-    for cycle, turn in enumerate(order):
+    for cycle, turn in enumerate(order[done:], done):
         inner_loss = turn.attacker.step(turn.loss) if settings.method == "imma" else None
         outer.param_groups[0]["lr"] = turn.outer_learning_rate
         outer_loss = gradient_step(outer, protected, turn.concept_loss, turn.attacker.max_grad_norm)
         yield Step(cycle + 1, cycles, turn.attack.name, turn.concept.name, inner_loss, outer_loss)
+
+
+def _state(protected: Mapping[str, nn.Parameter], outer: torch.optim.Optimizer, turns: Sequence[Turn]) -> State:
+    """Both players between two cycles."""
+    return {
+        "weights": dict(protected),
+        "outer": optimizer_state(outer),
+        "turns": [turn.state() for turn in turns],
+        "random": random_state(turns[0].model.device),
+    }
+
+
+@torch.no_grad()
+def _restore(
+    saved: State, protected: Mapping[str, nn.Parameter], outer: torch.optim.Optimizer, turns: Sequence[Turn]
+) -> None:
+    """The attackers were attached to the weights as they were at the beginning, as the interrupted run's were."""
+    for name, weight in protected.items():
+        weight.copy_(saved["weights"][name])
+    restore_optimizer(outer, saved["outer"])
+    for turn, its in zip(turns, saved["turns"], strict=True):
+        turn.restore(its)
+    restore_random_state(saved["random"], turns[0].model.device)
 
 
 def _attach_all(
@@ -173,7 +230,7 @@ def _attach_all(
                     chosen,
                     shared,
                     Attacker(parameters, rates, attack.settings, cycles, attack.rate_of),
-                    iter(batches),
+                    batches,
                     rates.outer_learning_rate if settings.outer_learning_rate is None else settings.outer_learning_rate,
                     cycles,
                     runtime,

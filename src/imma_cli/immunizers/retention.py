@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -116,6 +116,12 @@ class Retention:
         latents, noise, timesteps = twice
         predicted = model.family.predict(model, latents, conditioning, noise, timesteps)
         return predicted.reshape(2, len(rows), *predicted.shape[1:])
+
+
+def retained(saved: Mapping[str, Any], device: torch.device) -> Retention:
+    """The one whose fields were *saved*, on *device*."""
+    fields: dict[str, Any] = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in saved.items()}
+    return Retention(**fields)
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -28,8 +29,10 @@ from imma_cli.concepts.batches import TrainingSet, conditioning_of, encode
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
 from imma_cli.families.runtime import Runtime
-from imma_cli.immunizers.imma import ImmunizerSettings, immunize
+from imma_cli.immunizers.imma import ImmunizerSettings, Step, immunize
+from imma_cli.immunizers.keeper import FileKeeper
 from imma_cli.immunizers.scope import protected_weights
+from imma_cli.immunizers.state import SavedState
 from imma_cli.verification.search import STEPS, space
 from imma_cli.verification.trials import run_trial
 
@@ -158,8 +161,11 @@ class AttackContract:
         settings = ImmunizerSettings(steps=4, outer_learning_rate=1e-3)
         protected = protected_weights(model.unet, settings.protect)
         with left_as_it_was(model):
-            weights = [immunize(model, [attack], [example_concept()], settings, RUNTIME).weights for _ in range(2)]
-        assert different(*weights) == [], "the same seed gave two results"
+            weights = [
+                immunize(model, [attack], [example_concept()], settings, RUNTIME).weights,
+                interrupted(model, attack, settings),
+            ]
+        assert different(*weights) == [], "the same seed gave two results, the second one after an interruption"
         assert all(weight.isfinite().all() for weight in weights[0].values())
         assert different(weights[0], protected), "nothing was changed"
 
@@ -204,6 +210,21 @@ class InTheMiddleError(Exception):
 def different(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[str]:
     """The names under which the tensors are not equal bit for bit."""
     return [name for name, tensor in some.items() if not torch.equal(tensor, others[name])]
+
+
+def interrupted(model: Model, attack: Attack, settings: ImmunizerSettings) -> dict[str, Tensor]:
+    """What hardening gives that was interrupted in its second cycle, and went on from the state after the first."""
+
+    def interrupt(step: Step) -> None:
+        if step.cycle == 2:
+            raise InTheMiddleError
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "state"
+        with suppress(InTheMiddleError):
+            immunize(model, [attack], [example_concept()], settings, RUNTIME, interrupt, FileKeeper(path, {}, 0, None))
+        saved = FileKeeper(path, {}, float("inf"), SavedState.open(path))
+        return immunize(model, [attack], [example_concept()], settings, RUNTIME, keeper=saved).weights
 
 
 @contextmanager
