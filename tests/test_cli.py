@@ -125,6 +125,34 @@ def test_everything_wrong_is_said_at_once_and_nothing_is_written(imma, tiny_chec
     assert target.read_bytes() == b"mine"
 
 
+def test_a_fault_of_the_program_is_no_verdict(imma, monkeypatch, tiny_checkpoint) -> None:
+    """Exit code 1 of `imma verify` says "not resistant"; a traceback must not."""
+    from imma_cli.checkpoints import checkpoint
+
+    def broken(*_: object) -> None:
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(checkpoint, "read_header", broken)
+    code, _, err = imma("verify", tiny_checkpoint, "--against", tiny_checkpoint, "--concept", "x", "--attack", "lora")
+    assert code == 70
+    assert "KeyError: 'a fault'" in err
+
+
+def test_names_that_are_no_text_are_refused(imma, tiny_checkpoint, tiny_config, tmp_path) -> None:
+    code, _, err = imma(
+        "harden",
+        tiny_checkpoint,
+        "--config",
+        tiny_config,
+        "--concept",
+        "caf\udce9",
+        "--output",
+        tmp_path / "o.safetensors",
+    )
+    assert code == 2
+    assert "not text" in err
+
+
 def test_a_missing_checkpoint_is_one_line(imma, tmp_path) -> None:
     code, _, err = imma("harden", tmp_path / "no.safetensors", "--concept", "x", "--attack", "lora")
     assert code == 2

@@ -450,7 +450,7 @@ def test_the_terminal_table_fits(width: int, folder: Path, tmp_path: Path, monke
         "textual-inversion",
         "learning_rate=0.0012",
         "not resistant",
-        "never within",
+        "273 → never",
         "effnet-style",
         "30.4%",
         "best after",

@@ -44,7 +44,7 @@ from imma_cli.verification.materials import Material, material, warnings
 from imma_cli.verification.measuring import Bench, attack, look_at
 from imma_cli.verification.metrics import Metric, discover_metrics, parse_metrics
 from imma_cli.verification.models import Models, randomly_changed
-from imma_cli.verification.plan import Effort, Job
+from imma_cli.verification.plan import Effort, Job, default_budget
 from imma_cli.verification.records import Records
 from imma_cli.verification.results import summarize
 from imma_cli.verification.search import require_searchable
@@ -275,6 +275,35 @@ def test_a_trial_that_fails_is_reported_and_the_rest_goes_on(tiny_model: Model, 
     assert next(iter(good)).loss == pytest.approx(_untouched_loss(loaded_once), rel=1e-5)
 
 
+class Quitting(Idle):
+    """Ends the whole process, with a text that no file can hold."""
+
+    name = "quitting"
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        raise SystemExit("\ud800")
+
+
+def test_an_attack_that_ends_the_process_fails_its_trial(loaded_once: Model) -> None:
+    import copy
+
+    def load() -> Model:
+        return copy.deepcopy(loaded_once)
+
+    attacks = [Quitting(Quitting.Settings())]
+    records = campaign({"original": load, "hardened": load}, attacks, material("harmful", TINY, None, 1), SMALL, 4)
+    assert {line.reason for line in records.measurements} == {"SystemExit: ?"}
+    assert summarize(records)["verdict"]["verdict"] == "no verdict"
+
+
+def test_the_file_s_word_spares_nobody_a_real_attack(tiny_model: Model) -> None:
+    (lora,) = parse_attacks(["lora"], discover())
+    usual = default_budget(Effort(), None, [lora], tiny_model)
+    assert default_budget(Effort(), 1, [lora], tiny_model) == usual == 600
+    assert default_budget(Effort(), usual, [lora], tiny_model) == 2 * usual
+    assert default_budget(Effort(), 10**9, [lora], tiny_model) <= 100 * usual
+
+
 class Careless(Idle):
     """Leaves the model changed, and says nothing."""
 
@@ -437,7 +466,7 @@ def arguments(tiny_hardened: Path, tiny_checkpoint: Path, tiny_config: Path, fol
     return [
         *("verify", str(tiny_hardened), "--against", str(tiny_checkpoint), "--config", str(tiny_config)),
         *("--concept", "blue style", "--images", str(folder), "--metric", "pixel:side=32"),
-        *("--preset", "quick", "--images-per-prompt", "2"),
+        *("--preset", "quick", "--images-per-prompt", "2", "--budget", "6"),
     ]
 
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["harmful", "benign", "search"]
 MOST_SIMULATED = 20
-"""So many times the attacks' presets are the most simulated steps that the file is believed to have been hardened with."""
+"""So many times the usual steps are the most that the file is believed to have been hardened with."""
+USUAL_STEPS = {True: 300, False: 500}
+"""Of a simulated attacker, for small models and for others."""
 NOT_IDENTITY = ("study", "kind", "schema", "warnings", "provenance", "simulated")
 """Fields of a study line that say nothing about what trials measure."""
 
@@ -104,12 +106,17 @@ def simulated_steps(provenance: Mapping[str, Any] | None) -> int | None:
 
 
 def default_budget(effort: Effort, simulated: int | None, attacks: Sequence[Attack], model: Model) -> int:
-    """A multiple of what hardening simulated, or of what the attacks' presets simulate where that is more or not known.
+    """A multiple of what hardening simulated, or of what is usual where that is more; of what the attacks' presets simulate where it is not known.
 
     The file says how long it was hardened, and anybody can write anything there: nobody is spared a real attack by it.
     """
-    usual = max(attack.rates(model).steps for attack in attacks) // 2
-    return max(2, round(effort.horizon * min(max(simulated or 0, usual), MOST_SIMULATED * usual)))
+    if simulated is None:
+        steps = max(attack.rates(model).steps for attack in attacks) // 2
+    else:
+        # not the attacks' own: a study may be continued with more of them
+        usual = USUAL_STEPS[model.is_small]
+        steps = min(max(simulated, usual), MOST_SIMULATED * usual)
+    return max(2, round(effort.horizon * steps))
 
 
 def study_of(
