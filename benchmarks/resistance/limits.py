@@ -34,7 +34,7 @@ CAPTIONS = {
     "without it": "lora:captions=nameless",
     "with a rare token": "lora:captions=token,token=zwx",
 }
-NOISINGS = 16
+NOISINGS = 4
 """Of each picture in each band."""
 
 
