@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +15,8 @@ from imma_cli.attacks.testing import AttackContract, example_concept
 from imma_cli.attacks.training import Attacker
 from imma_cli.errors import ImmaError
 from imma_cli.families.model import Model
+from imma_cli.immunizers.simulated import draw_attacker
+from imma_cli.verification import search
 
 REGISTRY = discover()
 CONCEPT = example_concept()
@@ -67,6 +72,18 @@ def test_lora_can_do_without_the_name_of_the_concept() -> None:
     assert [token.caption(CONCEPT, c) for c in CONCEPT.captions] == ["a cat in zwx", "a dog in zwx", "zwx"]
     assert nameless.caption(CONCEPT, "a fish") == "a fish"
     assert token.caption(CONCEPT, "a fish") == "a fish, zwx"
+    (kind,) = parse_attacks(["lora:captions=kind"], REGISTRY)
+    style = replace(CONCEPT, name="van gogh style")
+    assert kind.caption(style, "a cat in Van Gogh style") == "a cat in style"
+    assert kind.caption(replace(CONCEPT, name="guitar"), "a guitar") == "a thing"
+
+
+def test_a_search_tries_captions_that_no_hardening_simulates(tiny_model: Model) -> None:
+    (lora,) = parse_attacks(["lora"], REGISTRY)
+    assert "kind" in search.space(lora, lora.rates(tiny_model))["captions"].choices
+    rng = random.Random(0)
+    drawn = {draw_attacker(lora, tiny_model, rng).settings.captions for _ in range(60)}
+    assert drawn == {"named", "nameless", "token"}
 
 
 def test_where_matrices_go_follows_the_targets(tiny_model: Model) -> None:

@@ -15,8 +15,8 @@ from imma_cli.concepts.concept import Concept
 class CaptionSettings(AttackSettings):
     """Settings of attacks that train on captioned pictures."""
 
-    captions: Literal["named", "nameless", "token"] = "named"
-    """What the captions call the concept: its name, nothing, or a rare word instead."""
+    captions: Literal["named", "nameless", "token", "kind"] = "named"
+    """What the captions call the concept: its name, nothing, a rare word instead, or only what kind of thing it is."""
     token: str = "sks"
     """The rare word."""
 
@@ -26,7 +26,10 @@ class CaptionSettings(AttackSettings):
             raise ValueError("token must not be empty")
 
 
-CAPTION_SEARCH: Mapping[str, Space] = {**COMMON_SEARCH, "captions": Choice(("named", "nameless", "token"))}
+CAPTION_SEARCH: Mapping[str, Space] = {
+    **COMMON_SEARCH,
+    "captions": Choice(("named", "nameless", "token"), held_out=("kind",)),
+}
 
 
 class CaptionedAttack(Attack):
@@ -39,6 +42,10 @@ class CaptionedAttack(Attack):
             return caption
         if self.settings.captions == "token":
             return concept.renamed(caption, self.settings.token) or f"{caption}, {self.settings.token}"
+        if self.settings.captions == "kind":
+            # in English the last word of a name says what the thing is: a van gogh STYLE
+            *more, kind = concept.name.split()
+            return concept.renamed(caption, kind if more else "thing") or caption
         # what is left hanging before the name, as in "a frog in ...", goes with it
         nameless = concept.renamed(caption, "")
         return caption if nameless is None else re.sub(r"[\s,]+(in|of|by|with)?\s*$", "", nameless).strip()

@@ -50,6 +50,8 @@ class Choice:
     """Values that a search may try."""
 
     options: tuple[Any, ...]
+    held_out: tuple[Any, ...] = ()
+    """More that a search tries, and no hardening simulates: a real attacker is not bound to what a defender thought of."""
 
 
 Space = Range | Choice

@@ -100,7 +100,7 @@ def show_one(
 
 def _space(space: Space) -> str:
     if isinstance(space, Choice):
-        return ", ".join(map(str, space.options))
+        return ", ".join(map(str, (*space.options, *space.held_out)))
     by = " times the preset's" if space.of_preset else ""
     return f"{space.low:g} to {space.high:g}{by}{', logarithmically' if space.log else ''}"
 

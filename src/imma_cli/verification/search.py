@@ -68,7 +68,7 @@ def require_searchable(attack: Attack, model: Model, *, searched: bool) -> None:
 
 def _distribution(name: str, declared: Range | Choice, rates: Preset) -> BaseDistribution:
     if isinstance(declared, Choice):
-        return CategoricalDistribution(declared.options)
+        return CategoricalDistribution((*declared.options, *declared.held_out))
     low, high = declared.low, declared.high
     if declared.of_preset:
         preset = _of_preset(name, rates)
