@@ -22,10 +22,10 @@ from rich.console import Console
 
 from imma_cli.cli import main, results
 from imma_cli.errors import ImmaError
+from imma_cli.verification.judgement import Thresholds
 from imma_cli.verification.lines import AttackRecord, Line, Measurement, Pictures, Study
 from imma_cli.verification.records import Records
 from imma_cli.verification.report import read_report, read_thresholds, write_report
-from imma_cli.verification.verdict import Thresholds
 
 WRITTEN = ("summary.json", "report.html", "model-card.md")
 INSTALLED = ("lora", "dreambooth", "textual-inversion")

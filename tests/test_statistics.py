@@ -14,11 +14,12 @@ from scipy import stats
 
 from imma_cli.errors import ImmaError
 from imma_cli.verification.intervals import Array, estimate
+from imma_cli.verification.judgement import Thresholds
 from imma_cli.verification.lines import AttackRecord, Line, Measurement, Untouched, WeightDistance
 from imma_cli.verification.records import Records, parse
+from imma_cli.verification.recovery import steps_to_recover
 from imma_cli.verification.results import summarize
-from imma_cli.verification.statistics import compare, gain, sgr, steps_to_recover
-from imma_cli.verification.verdict import Thresholds
+from imma_cli.verification.statistics import compare, gain, sgr
 
 STEPS = (0, 50, 100)
 IMAGES = 12

@@ -41,7 +41,7 @@ from imma_cli.demo import CONCEPTS, write_demo
 from imma_cli.families.model import Model
 from imma_cli.families.runtime import choose_runtime
 from imma_cli.verification.effnet import content_features, cosine
-from imma_cli.verification.statistics import steps_to_recover
+from imma_cli.verification.recovery import steps_to_recover
 from imma_cli.verification.trials import Trial, run_trial
 
 HERE = Path(__file__).parent

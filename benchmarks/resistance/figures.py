@@ -13,7 +13,8 @@ from cases import CASES, ROWS, UNDEFENDED
 from undoing import AFTER
 
 from imma_cli.verification.intervals import Array, Estimate, estimate
-from imma_cli.verification.statistics import Recovery, gain, mean, sgr, steps_to_recover
+from imma_cli.verification.recovery import Recovery, steps_to_recover
+from imma_cli.verification.statistics import gain, mean, sgr
 
 Line = dict[str, Any]
 LEAST_GAIN = 0.05

@@ -128,9 +128,9 @@ def verify(
     if rank.several and report is None and storage is None:
         refusals.add("Several processes need --report or --storage to share their work.")
     from imma_cli.families.runtime import choose_runtime
+    from imma_cli.verification.judgement import Thresholds
     from imma_cli.verification.keeping import Kept, check_folder
     from imma_cli.verification.setup import Setup
-    from imma_cli.verification.verdict import Thresholds
 
     if report is not None:
         refusals.check(check_folder, report)

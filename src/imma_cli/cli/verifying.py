@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from imma_cli.checkpoints import Checkpoint
     from imma_cli.concepts.concept import Concept
     from imma_cli.verification.adapters import Adapters
+    from imma_cli.verification.judgement import Thresholds
     from imma_cli.verification.keeping import Kept
     from imma_cli.verification.lines import Study
     from imma_cli.verification.plan import Effort
     from imma_cli.verification.records import Records
     from imma_cli.verification.setup import Inputs
     from imma_cli.verification.storage import Storage
-    from imma_cli.verification.verdict import Thresholds
     from imma_cli.verification.worker import Campaign
 
 

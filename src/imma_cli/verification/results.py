@@ -7,10 +7,12 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
+from imma_cli.verification.judgement import Judgement, Thresholds, judge, validity
 from imma_cli.verification.lines import LOSS, Line, Measurement
 from imma_cli.verification.records import Records
-from imma_cli.verification.statistics import Comparison, Curves, Recovery, compare
-from imma_cli.verification.verdict import Judgement, Thresholds, judge, overall, untouched_similarity, validity
+from imma_cli.verification.recovery import Recovery
+from imma_cli.verification.statistics import Comparison, Curves, compare
+from imma_cli.verification.verdict import overall, untouched_similarity
 
 SUMMARY_SCHEMA = 1
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from imma_cli.checkpoints.atomic import atomic_file
 from imma_cli.errors import ImmaError
+from imma_cli.verification.judgement import Thresholds
 from imma_cli.verification.records import Records, parse
 from imma_cli.verification.results import SUMMARY_SCHEMA, summarize
-from imma_cli.verification.verdict import Thresholds
 
 TRIALS = "trials.jsonl"
 PICTURES = "pictures.jsonl"
