@@ -328,3 +328,13 @@ def test_the_conversion_that_a_pickles_refusal_proposes_works(
     shell = command.strip().replace("python", f'"{sys.executable}"', 1)
     subprocess.run(["/bin/sh", "-c", shell], check=True, cwd=tmp_path)
     open_checkpoint(tmp_path / "NEW.safetensors", tiny_config).load()
+
+
+def test_reading_and_drawing_ask_for_no_package(tiny_checkpoint: Path, tiny_config: Path) -> None:
+    """transformers and diffusers tell of optional packages when they are imported; nobody has asked for those."""
+    code = (
+        "import sys; from pathlib import Path; from imma_cli.checkpoints import open_checkpoint;"
+        "model = open_checkpoint(*map(Path, sys.argv[1:])).load(); model.family.draw(model, ['a cat'], [0], steps=1)"
+    )
+    command = [sys.executable, "-c", code, str(tiny_checkpoint), str(tiny_config)]
+    assert "torchvision" not in subprocess.run(command, check=True, capture_output=True, text=True).stderr

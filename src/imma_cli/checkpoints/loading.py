@@ -23,11 +23,12 @@ PROBE = "a photo of a cat on the red table"
 
 def load(checkpoint: Checkpoint) -> Model:
     """The checkpoint's model, float32, on the CPU; see ``Checkpoint.load``."""
-    from diffusers import DDPMScheduler
-    from transformers import CLIPTokenizer
-
     broken: list[str] = []
     with quiet():
+        # the pipeline is for drawing; its import tells of optional packages, which nobody here has asked for
+        from diffusers import DDPMScheduler, StableDiffusionPipeline  # noqa: F401
+        from transformers import CLIPTokenizer
+
         model = checkpoint.family.assemble(
             **{part: _network(checkpoint, part, broken) for part in PREFIXES},
             tokenizer=CLIPTokenizer.from_pretrained(checkpoint.config / "tokenizer", local_files_only=True),
