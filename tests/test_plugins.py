@@ -170,7 +170,7 @@ def test_an_attack_is_shown_with_all_that_it_states(install: Install, imma) -> N
     assert {k: shown[k] for k in mine} == mine
     settings = {s["name"]: s for s in shown["settings"]}
     assert settings["learning_rate"]["search"] == {"low": 0.1, "high": 10, "log": True, "of_preset": True}
-    assert settings["optimizer"]["search"] == {"options": ["adamw", "radam", "adafactor"], "held_out": []}
+    assert settings["optimizer"]["search"] == {"options": ["adamw", "radam", "adafactor"]}
     assert settings["preset"]["search"] is None
     assert settings["pictures"]["type"] == "int"
     assert "how many" in settings["pictures"]["meaning"].lower()

@@ -75,7 +75,9 @@ def show_one(
         package = {"distribution": found.distribution, "version": found.version, "plugin": found.plugin}
         described = [asdict(s) for s in settings]
         if search is not None:
-            described = [{**s, "search": asdict(search[s["name"]]) if s["name"] in search else None} for s in described]
+            described = [
+                {**s, "search": _stated(search[s["name"]]) if s["name"] in search else None} for s in described
+            ]
         print_json({"name": name, **facts, **package, "settings": described, **(more or {})})
         return
     package_name = f"{found.distribution} {found.version}"
@@ -96,6 +98,10 @@ def show_one(
             row.append(_space(search[s.name]) if s.name in search else "")
         table.add_row(*map(escape, row))
     out.print(table)
+
+
+def _stated(space: Space) -> dict[str, Any]:
+    return {key: value for key, value in asdict(space).items() if value != ()}
 
 
 def _space(space: Space) -> str:
