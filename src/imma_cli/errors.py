@@ -17,3 +17,8 @@ class ImmaError(Exception):
         self.reasons = tuple(reasons)
         self.hint = hint
         super().__init__("\n".join([what, *(f"  - {r}" for r in self.reasons), *([hint] if hint else [])]))
+
+
+def writable(text: str) -> str:
+    """*text* as a file in UTF-8 can hold it: what is no character, as in names in another encoding, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from imma_cli.concepts.concept import Concept
-from imma_cli.errors import ImmaError
+from imma_cli.errors import ImmaError, writable
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -55,18 +55,13 @@ def read_concept(name: str, folder: Path) -> Concept:
     if reasons:
         raise ImmaError(f"The pictures in {folder} cannot be used.", reasons)
     texts = tuple((captions or {}).get(n, "") or name for n in names)
-    return Concept(name, tuple(images), texts, folder.resolve().name.encode("utf-8", "replace").decode())
+    return Concept(name, tuple(images), texts, writable(folder.resolve().name))
 
 
 def require_text(what: str, text: str) -> None:
     """Raises ImmaError where *text*, which *what* says where it is from, holds what no UTF-8 file can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        shown = text.encode("utf-8", "replace").decode()
-        raise ImmaError(
-            f"{what} {shown!r} holds characters that are not text: is it in another encoding than UTF-8?"
-        ) from None
+    if (shown := writable(text)) != text:
+        raise ImmaError(f"{what} {shown!r} holds characters that are not text: is it in another encoding than UTF-8?")
 
 
 def _first(reasons: Iterable[str], count: int = 8) -> list[str]:
@@ -112,7 +107,7 @@ def _captions(folder: Path, reasons: list[str]) -> dict[str, str] | None:
             or not isinstance(row.get("text"), str)
         ):
             wrong.append(f"{path.name}: entry {number} has no file_name or no text")
-        elif row["text"].encode("utf-8", "replace").decode() != row["text"]:
+        elif writable(row["text"]) != row["text"]:
             wrong.append(f"{path.name}: the text of entry {number} holds characters that are not text")
         elif row["file_name"] in captions:
             wrong.append(f"{path.name}: {row['file_name']} is named twice")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imma_cli.errors import ImmaError
+from imma_cli.errors import ImmaError, writable
 from imma_cli.verification.lines import LARGEST
 
 if TYPE_CHECKING:
@@ -72,4 +72,4 @@ def similarities(
 
 def named(error: BaseException) -> str:
     """*error* with its class, as its text alone often says little; in characters that can be written to a file."""
-    return f"{type(error).__name__}: {error}".encode("utf-8", "replace").decode()
+    return writable(f"{type(error).__name__}: {error}")
