@@ -20,6 +20,7 @@ from imma_cli.attacks.training import NotFiniteError
 from imma_cli.concepts.batches import TrainingSet, encode
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
+from imma_cli.families.recomputing import Recompute
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers import imma
 from imma_cli.immunizers.imma import ImmunizerSettings, immunize
@@ -226,11 +227,12 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_model(tiny_model: Model)
     assert all(torch.equal(v, before[k]) for k, v in tiny_model.unet.state_dict().items())
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(tiny_model: Model) -> None:
+@pytest.mark.parametrize("recomputed", ["cheap", "blocks"])
+def test_what_is_computed_again_changes_nothing_but_memory(tiny_model: Model, recomputed: Recompute) -> None:
     plain = immunize(tiny_model, [attack_named("lora")], [some_concept()], ImmunizerSettings(steps=2), CPU).weights
-    CPU.apply(tiny_model, gradient_checkpointing=True)
+    CPU.apply(tiny_model, recomputed=recomputed)
     saved = immunize(tiny_model, [attack_named("lora")], [some_concept()], ImmunizerSettings(steps=2), CPU).weights
-    assert all(torch.allclose(plain[n], saved[n], atol=1e-6) for n in plain)
+    assert all(torch.equal(plain[n], saved[n]) for n in plain)
 
 
 def test_what_an_attacker_holds_on_to_is_not_taken_away(tiny_model: Model) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from imma_cli.attacks import COMMON_SEARCH, Attack, AttackSettings, Choice, Space
 from imma_cli.concepts.concept import Concept
@@ -35,6 +35,7 @@ CAPTION_SEARCH: Mapping[str, Space] = {
 class CaptionedAttack(Attack):
     """Every picture keeps its caption, with or without the concept's name."""
 
+    computes_with: ClassVar[tuple[str, ...]] = ()
     settings: CaptionSettings
 
     def caption(self, concept: Concept, caption: str) -> str:

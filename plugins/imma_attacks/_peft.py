@@ -76,7 +76,12 @@ def adapter(network: nn.Module, config: Any, seed: int) -> Iterator[dict[str, nn
                     [str(error)],
                     "Choose another size or other targets.",
                 ) from error
-        yield {name: p for name, p in network.named_parameters() if id(p) not in before}
+        added = {name: p for name, p in network.named_parameters() if id(p) not in before}
+        for (
+            parameter
+        ) in added.values():  # beside weights that are held in 16 bits PEFT takes 16 too: too few to learn in
+            parameter.data = parameter.data.float()
+        yield added
     finally:
         recurse_remove_peft_layers(network)
         network.__dict__.pop("peft_config", None)

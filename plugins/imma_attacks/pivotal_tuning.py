@@ -43,6 +43,7 @@ class PivotalTuning(Attack):
     Settings = PivotalTuningSettings
     settings: PivotalTuningSettings
     trains_text = True
+    computes_with = ("text_encoder",)
     search: ClassVar = {
         **COMMON_SEARCH,
         **MATRIX_SEARCH,

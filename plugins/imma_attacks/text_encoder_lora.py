@@ -42,6 +42,7 @@ class TextEncoderLora(Lora):
     Settings = TextEncoderLoraSettings
     settings: TextEncoderLoraSettings
     trains_text = True
+    computes_with = ("text_encoder",)
     search: ClassVar = {**Lora.search, "text_rate": Choice((0.1, 0.5, 1.0))}
 
     def rate_of(self, parameter: str) -> float:

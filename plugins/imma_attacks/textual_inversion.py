@@ -26,6 +26,7 @@ class TextualInversion(Attack):
     Settings = NewWordSettings
     settings: NewWordSettings
     trains_text = True
+    computes_with = ("text_encoder",)
     search: ClassVar = {**COMMON_SEARCH, "tokens": Choice((1, 2, 4))}
     presets: ClassVar = {
         "paper": Preset(learning_rate=5e-4, outer_learning_rate=1e-6, steps=1000, max_grad_norm=None),

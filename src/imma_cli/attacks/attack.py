@@ -115,6 +115,9 @@ class Attack(Plugin):
     """Whether hardening simulates it where the user names no attack. Not inherited: each class states it of itself."""
     in_place: ClassVar[bool] = False
     """Whether the parameters are the model's own weights instead of additional ones."""
+    computes_with: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+    """The networks besides the UNet that `attach` and `loss` touch: pictures are encoded for the attack, and so are captions
+    where it does not train the text encoder. Hardening frees the memory of the others."""
     settings: AttackSettings
 
     @abstractmethod

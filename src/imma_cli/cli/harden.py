@@ -88,8 +88,15 @@ def harden(
     precision: Annotated[
         Literal["auto", "fp32", "bf16"], typer.Option(help="Precision of the losses; weights stay in fp32.")
     ] = "auto",
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory",
+            help="Hold weights that nobody trains in 16 bits, and compute what is cheap twice. Without attacks that train all weights.",
+        ),
+    ] = False,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time: compute every block twice.")
     ] = False,
     config: Annotated[
         Path | None, typer.Option(help="Configuration folder in diffusers' layout, for widths that imma does not know.")
@@ -135,7 +142,9 @@ def harden(
 
     from imma_cli.families.runtime import choose_runtime
 
-    runtime = refusals.check(choose_runtime, device, attention, precision)
+    if low_memory:
+        hardening.check_low_memory(refusals, attacks if attack else (), protect)
+    runtime = refusals.check(choose_runtime, device, attention, precision, halved=low_memory)
     refusals.raise_all()
     assert opened is not None
     assert runtime is not None
@@ -149,8 +158,9 @@ def harden(
     if not json:
         err.print(f"On {runtime}", markup=False)
     with waiting("Reading the checkpoint", quiet=json):
-        model = runtime.apply(opened.load(), gradient_checkpointing=gradient_checkpointing)
-    if not attack and not model.is_small:
+        recomputed = hardening.recomputed(gradient_checkpointing=gradient_checkpointing, low_memory=low_memory)
+        model = runtime.apply(opened.load(), recomputed=recomputed)
+    if not attack and (low_memory or not model.is_small):
         attacks = hardening.without_copies(attacks, quiet=json)
     if preset == "quick":
         steps = hardening.quick_steps(model)

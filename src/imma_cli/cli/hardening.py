@@ -11,8 +11,10 @@ from imma_cli.cli.progress import course
 
 if TYPE_CHECKING:
     from imma_cli.attacks.attack import Attack
+    from imma_cli.cli.console import Refusals
     from imma_cli.concepts.concept import Concept
     from imma_cli.families.model import Model
+    from imma_cli.families.recomputing import Recompute
     from imma_cli.families.runtime import Runtime
     from imma_cli.immunizers.imma import Immunized, ImmunizerSettings, Step
     from imma_cli.immunizers.keeper import Keeper
@@ -58,6 +60,23 @@ def without_copies(attacks: Sequence[Attack], *, quiet: bool) -> list[Attack]:
     if costly and not quiet:
         err.print(f"Left out, as it takes a second copy of all weights: {', '.join(costly)} (--attack simulates it).")
     return [attack for attack in attacks if not attack.in_place]
+
+
+def check_low_memory(refusals: Refusals, attacks: Sequence[Attack] | None, protect: Protect) -> None:
+    """What trains all weights cannot do with 16 bits of them."""
+    if costly := [attack.name for attack in attacks or () if attack.in_place]:
+        refusals.add(
+            f"--low-memory: {', '.join(costly)} train all weights, of which it holds most in 16 bits. Leave them out."
+        )
+    if protect == "unet":
+        refusals.add(
+            "--low-memory: --protect unet changes the weights that it would hold in 16 bits. Choose attention or less."
+        )
+
+
+def recomputed(*, gradient_checkpointing: bool, low_memory: bool) -> Recompute | None:
+    """What the options have a step compute again; None leaves it to the runtime."""
+    return "blocks" if gradient_checkpointing else "cheap" if low_memory else None
 
 
 def checked(settings: HardeningSettings | None, model: Model, pairs: int) -> HardeningSettings | None:
@@ -123,7 +142,10 @@ def carry_out(
     *,
     quiet: bool,
 ) -> Immunized:
-    """Harden with a bar for each thing that takes its time; nothing where *settings* is None."""
+    """Harden with a bar for each thing that takes its time; nothing where *settings* is None.
+
+    Of *model*, only the UNet can be relied on afterwards: the memory of what is not needed any more is given back.
+    """
     from imma_cli.immunizers.episodes import immunize_in_episodes
     from imma_cli.immunizers.imma import Immunized, immunize
     from imma_cli.immunizers.retention import retained
@@ -132,20 +154,27 @@ def carry_out(
     def show(step: Step) -> None:
         advance(step.cycle, **_curves(step))
 
+    def release() -> None:
+        model.release(needed)
+
     if settings is None:
         return Immunized({})
+    needed = {part for attack in attacks for part in attack.computes_with}
     cycles = cycles_of(model, attacks, concepts, settings)
     if not isinstance(settings, EpisodesSettings):
         with course("Hardening", cycles, quiet=quiet) as advance:
-            return immunize(model, attacks, concepts, settings, runtime, show, keeper)
+            return immunize(model, attacks, concepts, settings, runtime, show, keeper, release)
     retention = keeper.once(
         "retention",
         lambda: retention_for(model, concepts, settings, runtime, keep, quiet=quiet),
         vars,
         lambda saved: retained(saved, model.device),
     )
+    needed.add("text_encoder")  # every attacker writes captions of its own
     with course("Hardening", cycles, quiet=quiet) as advance:
-        return immunize_in_episodes(model, attacks, concepts, settings, runtime, retention, on_step=show, keeper=keeper)
+        return immunize_in_episodes(
+            model, attacks, concepts, settings, runtime, retention, show, keeper=keeper, on_encoded=release
+        )
 
 
 def retention_for(

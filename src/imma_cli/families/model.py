@@ -52,6 +52,15 @@ class Model:
             network.to(device)
         return self
 
+    def release(self, keep: Iterable[str]) -> None:
+        """Give back the memory of the networks besides the UNet that *keep* does not name, also in models that share it.
+
+        They cannot be computed with any more.
+        """
+        for part in {"vae", "text_encoder"}.difference(keep):
+            for tensor in self.networks[part].state_dict().values():
+                tensor.untyped_storage().resize_(0)
+
     def freeze(self) -> Model:
         """Evaluation mode, no weight asks for a gradient."""
         for network in self.networks.values():

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from imma_cli.errors import ImmaError
+from imma_cli.families.halving import halve
+from imma_cli.families.recomputing import Recompute, recompute
 
 if TYPE_CHECKING:
     from imma_cli.families.model import Model
@@ -30,10 +32,13 @@ class Runtime:
     precision: str
     attention_because: str = ""
     """Why this kernel and not the other."""
+    halved: bool = False
+    """Whether the UNet's weights outside its attention, which nobody trains then, are held in 16 bits."""
 
     def __str__(self) -> str:
         because = f" ({self.attention_because})" if self.attention_because else ""
-        return f"{self.device}, {self.precision}, {self.attention} attention{because}"
+        halved = " (what is frozen in 16 bits)" if self.halved else ""
+        return f"{self.device}, {self.precision}{halved}, {self.attention} attention{because}"
 
     def autocast(self) -> AbstractContextManager[object]:
         """The mixed precision that losses are computed in; weights and optimizer states stay float32."""
@@ -44,22 +49,28 @@ class Runtime:
         with self.autocast():
             return loss_of()
 
-    def apply(self, model: Model, *, gradient_checkpointing: bool = False) -> Model:
-        """Move *model* and switch its attention."""
+    def apply(self, model: Model, *, recomputed: Recompute | None = None) -> Model:
+        """Move *model*, switch its attention, and have a step compute again what is *recomputed*.
+
+        None: what is cheap, where that is little of a step's time (large models on processors), else nothing.
+        """
+        if self.halved:
+            halve(model.unet)
         model.to(self.device)
         if self.device == "cpu" and model.is_small and "OMP_NUM_THREADS" not in os.environ:
             # in layers this narrow threads wait for each other longer than they compute (benchmarks/threads.py)
             torch.set_num_threads(1)
         if self.attention == "xformers":
             model.family.use_xformers(model)
-        if gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
-            # diffusers checkpoints only in training mode; these UNets hold no dropout that this would switch on
-            model.unet.train()
+        if recomputed is None:
+            recomputed = "cheap" if self.device == "cpu" and not model.is_small else "nothing"
+        recompute(model.unet, recomputed)
         return model
 
 
-def choose_runtime(device: str = "auto", attention: Attention = "auto", precision: Precision = "auto") -> Runtime:
+def choose_runtime(
+    device: str = "auto", attention: Attention = "auto", precision: Precision = "auto", *, halved: bool = False
+) -> Runtime:
     """Resolve ``auto`` and refuse what cannot work here.
 
     Raises:
@@ -95,7 +106,7 @@ def choose_runtime(device: str = "auto", attention: Attention = "auto", precisio
     if precision == "auto":
         # bfloat16 is many times slower than float32 on processors without instructions for it
         precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return Runtime(device, attention, precision, because)
+    return Runtime(device, attention, precision, because, halved)
 
 
 def xformers_faults(device: str) -> list[str]:

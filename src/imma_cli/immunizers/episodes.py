@@ -28,6 +28,7 @@ from imma_cli.immunizers.checking import Check, QuickCheck
 from imma_cli.immunizers.defender import Defender, Episode
 from imma_cli.immunizers.imma import Immunized, Step
 from imma_cli.immunizers.keeper import Keeper
+from imma_cli.immunizers.originals import put_back
 from imma_cli.immunizers.retention import Retention
 from imma_cli.immunizers.settings import EpisodesSettings
 from imma_cli.immunizers.simulated import draw_attacker
@@ -47,10 +48,12 @@ def immunize_in_episodes(
     on_step: Callable[[Step], None] = lambda step: None,
     on_check: Callable[[Check], None] = lambda check: None,
     keeper: Keeper | None = None,
+    on_encoded: Callable[[], None] = lambda: None,
 ) -> Immunized:
     """Immunize *model* against every attack on every concept. *model* itself stays as it was.
 
-    *keeper* may hold the state of a run that was interrupted: it is continued, to the same weights.
+    *keeper* may hold the state of a run that was interrupted: it is continued, to the same weights. *on_encoded* is called
+    when all pictures are encoded; captions are until the end, as every attacker writes other ones.
 
     Raises:
         NotFiniteError: a loss became NaN or infinite, whoever attacked.
@@ -61,15 +64,15 @@ def immunize_in_episodes(
     cycles = settings.cycles(model)
     keeper = keeper or Keeper()
     defender = Defender(model, settings, retention, runtime)
-    before = [weight.detach().clone() for weight in defender.weights]
     result = Immunized({}, simulated_steps=settings.cycles_of_episode(cycles, pairs)[1] * settings.inner_steps)
-    try:
+    with put_back(defender.weights):
         run = Run(model, attacks, concepts, settings, runtime, defender, collected=keeper.keeps)
         checks = settings.checks_in(cycles)
         saved = keeper.begin()
         its = saved["check"] if saved else None
         check = QuickCheck(model, attacks, concepts, retention, runtime, settings.seed, saved=its) if checks else None
         every = math.ceil(cycles / checks) if checks else cycles
+        on_encoded()
         if saved:
             result.restore(saved["result"], model.device)
 
@@ -91,10 +94,6 @@ def immunize_in_episodes(
             keeper.offer(state)
         result.unreached = tuple(n for n, moved in zip(defender.named, defender.moved, strict=True) if not moved)
         result.weights = result.weights or defender.taken()
-    finally:
-        with torch.no_grad():
-            for weight, old in zip(defender.weights, before, strict=True):
-                weight.copy_(old)
     return result
 
 

@@ -24,6 +24,7 @@ from imma_cli.families.model import Model
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.checking import Check
 from imma_cli.immunizers.keeper import Keeper
+from imma_cli.immunizers.originals import put_back
 from imma_cli.immunizers.scope import Protect, protected_weights
 from imma_cli.immunizers.state import State, random_state, restore_random_state
 
@@ -125,10 +126,12 @@ def immunize(
     runtime: Runtime,
     on_step: Callable[[Step], None] = lambda step: None,
     keeper: Keeper | None = None,
+    on_encoded: Callable[[], None] = lambda: None,
 ) -> Immunized:
     """Immunize *model* against every attack on every concept; they take turns. *model* itself stays as it was.
 
-    *keeper* may hold the state of a run that was interrupted: it is continued, to the same weights.
+    *keeper* may hold the state of a run that was interrupted: it is continued, to the same weights. *on_encoded* is called
+    when all pictures and captions are encoded: from then on, only what attacks themselves compute with is needed.
 
     Raises:
         NotFiniteError: a loss became NaN or infinite.
@@ -136,26 +139,21 @@ def immunize(
     """
     keeper = keeper or Keeper()
     protected = protected_weights(model.unet, settings.protect)
-    before = {name: weight.detach().clone() for name, weight in protected.items()}
     result = Immunized({})
-    try:
-        with ExitStack() as stack:
-            turns = _attach_all(stack, model, attacks, concepts, settings, protected, runtime)
-            outer = adamw(list(protected.values()), turns[0].outer_learning_rate, maximize=True)
-            if saved := keeper.begin():
-                result.restore(saved["result"], model.device)
-                _restore(saved.pop("players"), protected, outer, turns)
-            for step in _alternate(turns, outer, list(protected.values()), settings, done=len(result.steps)):
-                result.steps.append(step)
-                on_step(step)
-                keeper.offer(lambda: {"result": result.state(), "players": _state(protected, outer, turns)})
-            result.unreached = tuple(name for name, weight in protected.items() if weight not in outer.state)
-            # an attack that trains in place puts the old weights back when it is detached: take the new ones first
-            result.weights = {name: weight.detach().clone() for name, weight in protected.items()}
-    finally:
-        with torch.no_grad():
-            for name, weight in protected.items():
-                weight.copy_(before[name])
+    with put_back(list(protected.values())), ExitStack() as stack:
+        turns = _attach_all(stack, model, attacks, concepts, settings, protected, runtime)
+        on_encoded()
+        outer = adamw(list(protected.values()), turns[0].outer_learning_rate, maximize=True)
+        if saved := keeper.begin():
+            result.restore(saved["result"], model.device)
+            _restore(saved.pop("players"), protected, outer, turns)
+        for step in _alternate(turns, outer, list(protected.values()), settings, done=len(result.steps)):
+            result.steps.append(step)
+            on_step(step)
+            keeper.offer(lambda: {"result": result.state(), "players": _state(protected, outer, turns)})
+        result.unreached = tuple(name for name, weight in protected.items() if weight not in outer.state)
+        # an attack that trains in place puts the old weights back when it is detached: take the new ones first
+        result.weights = {name: weight.detach().clone() for name, weight in protected.items()}
     return result
 
 

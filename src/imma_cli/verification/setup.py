@@ -71,7 +71,7 @@ class Setup:
             metric.prepare(runtime.device)
 
     def _load(self, checkpoint: Checkpoint) -> Model:
-        return self.runtime.apply(checkpoint.load(), gradient_checkpointing=self.gradient_checkpointing)
+        return self.runtime.apply(checkpoint.load(), recomputed="blocks" if self.gradient_checkpointing else None)
 
     def draw_pictures(self, count: int, on_picture: Callable[[int], None]) -> None:
         """The original draws what it is attacked with and judged by, as in the paper's re-learning setting."""

@@ -1,0 +1,139 @@
+"""Less memory, the same result: what --low-memory and the frozen parts' release change, and what they do not."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import suppress
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_imma import attack_named, some_concept
+from torch import Tensor
+
+from imma_cli.cli.hardening import carry_out
+from imma_cli.concepts.batches import Batch
+from imma_cli.errors import ImmaError
+from imma_cli.families.halving import halve
+from imma_cli.families.model import Model
+from imma_cli.families.runtime import Runtime, choose_runtime
+from imma_cli.immunizers import originals
+from imma_cli.immunizers.episodes import EpisodesSettings
+from imma_cli.immunizers.imma import ImmunizerSettings, immunize
+from imma_cli.immunizers.keeper import Keeper
+
+CPU = Runtime("cpu", "sdpa", "fp32")
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+@pytest.mark.parametrize("options", [("--method", "imma"), ("--steps", 18)])
+def test_low_memory_gives_the_same_weights_for_a_float16_file(
+    imma, tiny_checkpoint, tiny_config, pictures, tmp_path, options
+) -> None:
+    def hardened(name: str, *more: str) -> dict[str, Tensor]:
+        code, _, err = imma(
+            "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue", "--images", pictures, "--steps", 6,
+            "--attack", "lora:targets=attention", "--device", "cpu", "--output", tmp_path / name, *options, *more,
+        )  # fmt: skip
+        assert code == 0, err
+        return tensors(tmp_path / name)
+
+    plain, saving = hardened("plain.safetensors"), hardened("saving.safetensors", "--low-memory")
+    before = tensors(tiny_checkpoint)
+    assert any(not torch.equal(plain[name], before[name]) for name in before)
+    assert all(torch.equal(plain[name], saving[name]) for name in plain)
+
+
+def test_halving_takes_half_of_what_is_frozen_and_leaves_attention(tiny_model: Model) -> None:
+    kept = copy.deepcopy(dict(tiny_model.unet.named_parameters()))
+    halve(tiny_model.unet)
+    halved = {n for n, p in tiny_model.unet.named_parameters() if p.dtype != torch.float32}
+    assert not any(".attn" in name for name in halved)
+    frozen = {n: p for n, p in kept.items() if ".attn" not in n}
+    assert sum(kept[n].numel() for n in halved) > 0.9 * sum(p.numel() for p in frozen.values())
+
+
+@pytest.mark.parametrize("attack", ["lora:targets=everything", "loha", "textual-inversion", "dreambooth-lora"])
+def test_attackers_learn_in_32_bits_beside_weights_in_16(tiny_model: Model, attack: str) -> None:
+    halve(tiny_model.unet)
+    with attack_named(attack).attach(tiny_model, some_concept(), 0) as parameters:
+        assert {p.dtype for p in parameters.values()} == {torch.float32}
+    result = immunize(tiny_model, [attack_named(attack)], [some_concept()], ImmunizerSettings(steps=4), CPU)
+    assert all(step.inner_loss is not None for step in result.steps)
+
+
+def test_low_memory_names_everything_that_it_cannot_do(imma, tiny_checkpoint, tiny_config, pictures) -> None:
+    code, _, err = imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue", "--images", pictures, "--low-memory",
+        "--attack", "full-finetune", "--attack", "dreambooth", "--protect", "unet", "--output", "never.safetensors",
+    )  # fmt: skip
+    assert code == 2
+    assert "full-finetune, dreambooth train all weights" in " ".join(err.split())
+    assert "--protect unet" in err
+
+
+def test_low_memory_is_said(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
+    code, _, err = imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue", "--images", pictures, "--low-memory",
+        "--steps", 12, "--output", tmp_path / "hard.safetensors",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "fp32 (what is frozen in 16 bits)" in " ".join(err.split())
+    assert "Left out, as it takes a second copy of all weights: full-finetune" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("settings", [ImmunizerSettings(steps=2), EpisodesSettings(steps=9, checks=0)])
+def test_networks_that_no_attack_computes_with_take_no_memory(tiny_model: Model, settings) -> None:
+    carry_out(tiny_model, [attack_named("lora")], [some_concept()], settings, CPU, (), Keeper(), quiet=True)
+    assert sum(t.untyped_storage().nbytes() for t in tiny_model.vae.state_dict().values()) == 0
+    assert all(p.untyped_storage().nbytes() for p in tiny_model.unet.parameters())
+
+
+def test_an_attack_that_says_nothing_keeps_every_network(tiny_model: Model) -> None:
+    cls = type(attack_named("lora"))
+
+    class Decoding(cls):  # type: ignore[misc, valid-type]
+        computes_with: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+
+        def loss(self, model: Model, batch: Batch) -> Tensor:
+            drawn = model.vae.decode(batch.latents).sample
+            words = model.family.encode_prompts(model, batch.captions)
+            return super().loss(model, batch) + 0 * drawn.mean() + 0 * words.mean()
+
+    attack = Decoding(attack_named("lora").settings)
+    result = carry_out(
+        tiny_model, [attack], [some_concept()], ImmunizerSettings(steps=4), CPU, (), Keeper(), quiet=True
+    )
+    assert len(result.steps) == 2
+
+
+@pytest.mark.parametrize("in_memory", [0, 2**30])
+def test_the_model_is_given_back_wherever_its_weights_waited(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, in_memory: int
+) -> None:
+    monkeypatch.setattr(originals, "IN_MEMORY", in_memory)
+    before = copy.deepcopy(tiny_model.unet.state_dict())
+    result = immunize(tiny_model, [attack_named("lora")], [some_concept()], ImmunizerSettings(steps=4), CPU)
+    assert any(not torch.equal(weight, before[name]) for name, weight in result.weights.items())
+    with suppress(RuntimeError), originals.put_back(list(tiny_model.unet.parameters())):
+        next(tiny_model.unet.parameters()).data.zero_()
+        raise RuntimeError
+    assert all(torch.equal(v, before[k]) for k, v in tiny_model.unet.state_dict().items())
+
+
+def test_no_room_for_the_weights_is_said(tiny_model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(originals, "IN_MEMORY", 0)
+    monkeypatch.setattr(originals.tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(ImmaError, match="set TMPDIR") as refused:
+        immunize(tiny_model, [attack_named("lora")], [some_concept()], ImmunizerSettings(steps=2), CPU)
+    assert "cannot be kept in" in refused.value.what
+
+
+def test_what_is_halved_is_part_of_the_runtime() -> None:
+    assert choose_runtime("cpu", halved=True).halved
