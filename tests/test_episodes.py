@@ -67,7 +67,7 @@ def test_a_loss_beyond_the_margin_is_not_raised_further(
     def none(self: Retention, model: Model, *_: Any) -> Tensor:
         return torch.stack([0 * parameter.sum() for parameter in model.unet.parameters()]).sum()
 
-    monkeypatch.setattr(Retention, "drift", none)
+    monkeypatch.setattr(Retention, "difference", none)
     assert moved(tiny_model, harden(tiny_model, retention, name, margin=1e-6).weights) == []
     assert moved(tiny_model, harden(tiny_model, retention, name).weights)
 
@@ -299,7 +299,7 @@ def test_what_is_held_is_what_guidance_makes_of_both_predictions(tiny_model: Mod
     def drift(with_prompt: float, without: float) -> float:
         shift = torch.tensor([with_prompt, without])[:, None, None, None, None]
         shifted = replace(retention, predicted=retention.predicted + shift)
-        return float(shifted._difference(tiny_model, rows))
+        return float(shifted.difference(tiny_model, rows))
 
     assert drift(0.1, 0.1) == pytest.approx(float((0.01 / weight).mean()), rel=1e-3)
     assert drift(0.1, 0.0) == pytest.approx(float((0.01 * scale.square() / weight).mean()), rel=1e-3)
@@ -331,7 +331,7 @@ def test_gradients_that_are_not_finite_change_no_weight(
             [(0 * p).sum().abs().sqrt() for p in model.unet.parameters()]
         ).sum()  # 0, with slope infinite
 
-    monkeypatch.setattr(Retention, "drift", spoilt)
+    monkeypatch.setattr(Retention, "difference", spoilt)
     before = copy.deepcopy(tiny_model.unet.state_dict())
     with pytest.raises(NotFiniteError):
         harden(tiny_model, retention, "lora", steps=40)

@@ -14,6 +14,7 @@ import typer
 from imma_cli import __version__
 from imma_cli.cli import attacks, demo, harden, inspect, install, metrics, new_attack, report, uninstall, verify
 from imma_cli.cli.console import err, show_error
+from imma_cli.cli.fitting import out_of_memory
 from imma_cli.errors import ImmaError
 
 app = typer.Typer(
@@ -94,7 +95,10 @@ def main() -> None:
     except ImmaError as error:
         show_error(error)
         sys.exit(2)
-    except Exception:  # noqa: BLE001 - a fault of imma's own, or of a plugin, keeps its traceback
+    except Exception as error:  # noqa: BLE001 - a fault of imma's own, or of a plugin, keeps its traceback
+        if said := out_of_memory(error):
+            show_error(said)
+            sys.exit(2)
         sys.excepthook(*sys.exc_info())
         sys.exit(FAULT)  # never 1: for `imma verify` that is a verdict
     except Interrupted:

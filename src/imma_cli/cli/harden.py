@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from imma_cli.cli import erasing, hardened, hardening, resuming
+from imma_cli.cli import erasing, fitting, hardened, hardening, resuming
 from imma_cli.cli.console import Refusals, err, print_json
 from imma_cli.cli.inputs import beside, check_methods, check_unused, inputs
 from imma_cli.cli.progress import waiting
@@ -98,6 +98,9 @@ def harden(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for more time: compute every block twice.")
     ] = False,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Save as much memory as it takes to fit what is free, and no more.")
+    ] = False,
     config: Annotated[
         Path | None, typer.Option(help="Configuration folder in diffusers' layout, for widths that imma does not know.")
     ] = None,
@@ -140,11 +143,14 @@ def harden(
         refusals.check(opened.check_output, target, force=force or dry_run)
     saved = refusals.check(resuming.existing, target) if resume and not dry_run else None
 
+    from dataclasses import replace
+
+    from imma_cli.families.model import SMALL_MODEL
     from imma_cli.families.runtime import choose_runtime
 
     if low_memory:
         hardening.check_low_memory(refusals, attacks if attack else (), protect)
-    runtime = refusals.check(choose_runtime, device, attention, precision, halved=low_memory)
+    runtime = refusals.check(choose_runtime, device, attention, precision)
     refusals.raise_all()
     assert opened is not None
     assert runtime is not None
@@ -155,16 +161,27 @@ def harden(
     for notice in opened.notices:
         if not json:
             err.print(f"[yellow]Note:[/] {escape(notice)}")
+    settings = hardening.settings_for(method, protect, strength, steps, outer_learning_rate, batch_size, seed)
+    saving, expected = fitting.Saving(low_memory, gradient_checkpointing), None
+    large = opened.parts["unet"].parameters >= SMALL_MODEL
+    if not attack and (low_memory or large):
+        attacks = hardening.without_copies(attacks, quiet=json)
+    if settings and (fit or large or dry_run):
+        with waiting("Estimating memory", quiet=json):
+            saving, expected = fitting.plan(
+                opened.config, attacks, settings, runtime, saving, fit=fit, named=bool(attack)
+            )
+        if not json:
+            fitting.say(expected, saving, runtime, chosen=fit)
+        if saving.low_memory and not low_memory:
+            attacks = hardening.without_copies(attacks, quiet=json)
+    runtime = replace(runtime, halved=saving.low_memory)
     if not json:
         err.print(f"On {runtime}", markup=False)
     with waiting("Reading the checkpoint", quiet=json):
-        recomputed = hardening.recomputed(gradient_checkpointing=gradient_checkpointing, low_memory=low_memory)
-        model = runtime.apply(opened.load(), recomputed=recomputed)
-    if not attack and (low_memory or not model.is_small):
-        attacks = hardening.without_copies(attacks, quiet=json)
-    if preset == "quick":
-        steps = hardening.quick_steps(model)
-    settings = hardening.settings_for(method, protect, strength, steps, outer_learning_rate, batch_size, seed)
+        model = runtime.apply(opened.load(), recomputed=saving.recomputed)
+    if preset == "quick" and settings:
+        settings = replace(settings, steps=hardening.quick_steps(model))
     settings = hardening.checked(settings, model, len(attacks) * len(concept))
     erasing_settings = erasing_settings_for(model, erase, seed) if erase else None
     draws = draw if settings and not images else 0
@@ -186,6 +203,7 @@ def harden(
             keep or (),
             target,
             drawing_seconds,
+            expected,
             json=json,
         )
         return
@@ -196,7 +214,7 @@ def harden(
         )
 
     with waiting("Hashing the checkpoint", quiet=json):
-        asked = resuming.command_of(record(), opened.config, drawn=draws, gradient_checkpointing=gradient_checkpointing)
+        asked = resuming.command_of(record(), opened.config, drawn=draws)
     if saved:
         resuming.require_same(saved, asked)
     with resuming.keeping(target, asked, save_every, saved, resume=resume, quiet=json) as keeper:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from imma_cli.cli.console import Refusals
     from imma_cli.concepts.concept import Concept
     from imma_cli.families.model import Model
-    from imma_cli.families.recomputing import Recompute
     from imma_cli.families.runtime import Runtime
     from imma_cli.immunizers.imma import Immunized, ImmunizerSettings, Step
     from imma_cli.immunizers.keeper import Keeper
@@ -72,11 +71,6 @@ def check_low_memory(refusals: Refusals, attacks: Sequence[Attack] | None, prote
         refusals.add(
             "--low-memory: --protect unet changes the weights that it would hold in 16 bits. Choose attention or less."
         )
-
-
-def recomputed(*, gradient_checkpointing: bool, low_memory: bool) -> Recompute | None:
-    """What the options have a step compute again; None leaves it to the runtime."""
-    return "blocks" if gradient_checkpointing else "cheap" if low_memory else None
 
 
 def checked(settings: HardeningSettings | None, model: Model, pairs: int) -> HardeningSettings | None:

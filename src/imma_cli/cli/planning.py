@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from imma_cli.concepts.concept import Concept
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
+    from imma_cli.immunizers.estimate import Estimate
 
 TRIED = 4
 """Cycles that are timed for each attack on each concept."""
@@ -49,6 +50,7 @@ def say_plan(
     keep: Sequence[str],
     target: Path,
     drawing_seconds: float,
+    expected: Estimate | None,
     *,
     json: bool,
 ) -> None:
@@ -78,6 +80,7 @@ def say_plan(
         "cycles": cycles,
         "estimated_seconds": seconds,
         "measured_peak_bytes": peak_memory(runtime),
+        **({"estimated_peak_bytes": expected.peak} if expected else {}),
     }
     if json:
         print_json(plan)

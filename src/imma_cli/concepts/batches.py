@@ -51,10 +51,13 @@ def pixels(images: Sequence[Image.Image], size: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode(model: Model, images: Sequence[Image.Image], batch: int = 8) -> Latents:
+def encode(model: Model, images: Sequence[Image.Image]) -> Latents:
     """The latents of *images* at the model's resolution."""
     everything = pixels(images, model.family.resolution(model))
-    coded = [model.family.encode_images(model, part.to(model.device)) for part in torch.split(everything, batch)]
+    coded = [
+        model.family.encode_images(model, part.to(model.device))
+        for part in torch.split(everything, min(8, model.at_once))
+    ]
     return Latents(torch.cat([mean for mean, _ in coded]), torch.cat([std for _, std in coded]))
 
 

@@ -35,12 +35,13 @@ def draw_concept(
     role: Role,
     seed: int,
     count: int = 20,
-    batch: int = 4,
+    batch: int | None = None,
     on_picture: Callable[[int], None] = lambda done: None,
 ) -> Concept:
     """*count* pictures of the concept *name* by the model itself, with plain prompts that name it."""
     captions = [PROMPTS[i % len(PROMPTS)].format(name) for i in range(count)]
     seeds = drawing_seeds(role, seed, count)
+    batch = batch or min(4, model.at_once)
     images = []
     for i in range(0, count, batch):
         images += model.family.draw(model, captions[i : i + batch], seeds[i : i + batch])

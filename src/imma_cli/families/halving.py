@@ -6,11 +6,13 @@ Checkpoints that were published in float16 lose nothing by it. bfloat16 stands i
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 ATTENTION = re.compile(r"\.attn[12]\.")
 """In every UNet of diffusers; what hardening changes is there."""
@@ -35,16 +37,25 @@ class HalvedConv2d(nn.Conv2d):
 HALVED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: HalvedLinear, nn.Conv2d: HalvedConv2d}
 
 
+def halved_layers(unet: nn.Module) -> Iterator[nn.Module]:
+    """The layers of *unet* outside its attention."""
+    for name, module in unet.named_modules():
+        if type(module) in HALVED and not ATTENTION.search(name):
+            yield module
+
+
 @torch.no_grad()
 def halve(unet: nn.Module) -> None:
     """Hold the weights of *unet* outside its attention in 16 bits, but for norms and biases, which are small."""
-    for name, module in unet.named_modules():
-        wanted = HALVED.get(type(module))
-        if wanted is None or ATTENTION.search(name):
-            continue
+    for module in halved_layers(unet):
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
-        fits = bool(weight.abs().max() <= torch.finfo(torch.float16).max)
-        weight.data = weight.data.to(torch.float16 if fits else torch.bfloat16)
+        weight.data = weight.data.to(_narrow(weight))
         # the class and not a hook: copies of the network (copy.deepcopy) keep it, and PEFT knows it for what it is
-        module.__class__ = wanted
+        module.__class__ = HALVED[type(module)]
+
+
+def _narrow(weight: Tensor) -> torch.dtype:
+    if isinstance(weight.data, FakeTensor):
+        return torch.float16
+    return torch.float16 if weight.abs().max() <= torch.finfo(torch.float16).max else torch.bfloat16

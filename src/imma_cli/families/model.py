@@ -44,6 +44,12 @@ class Model:
         return sum(p.numel() for p in self.networks["unet"].parameters()) < SMALL_MODEL
 
     @property
+    def at_once(self) -> int:
+        """How many pictures are drawn, encoded or predicted together. Several of a large model's would need more memory
+        than anything else that hardening does, and would be no faster."""
+        return 16 if self.is_small else 1
+
+    @property
     def device(self) -> torch.device:
         return next(self.networks["unet"].parameters()).device
 

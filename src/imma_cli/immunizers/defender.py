@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,12 +135,19 @@ class Defender:
         """How far predictions for other prompts have moved, and the gradient that brings them back."""
         if not self.settings.keep_batch:
             return 0.0, [None] * len(self.weights)
+        rows = self.retention.drawn(self.settings.keep_batch, self.generator)
+        total: list[Tensor | None] = [None] * len(self.weights)
+        drift = 0.0
         with trainable(self.weights):
-            drift = self.runtime.forward(
-                lambda: self.retention.drift(self.model, self.settings.keep_batch, self.generator)
-            )
-            require_finite(drift)
-            return float(drift.detach()), torch.autograd.grad(drift, self.weights, allow_unused=True)
+            for part in torch.split(rows, self.model.at_once):
+                share = self.runtime.forward(partial(self.retention.difference, self.model, part)) * (
+                    len(part) / len(rows)
+                )
+                require_finite(share)
+                drift += float(share.detach())
+                added = torch.autograd.grad(share, self.weights, allow_unused=True)
+                total = [b if a is None else a if b is None else a + b for a, b in zip(total, added, strict=True)]
+        return drift, total
 
     @torch.no_grad()
     def _descend(self, harmful: Sequence[Tensor | None], kept: Sequence[Tensor | None], episode: Episode) -> None:

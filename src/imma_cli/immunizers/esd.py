@@ -14,7 +14,6 @@ from imma_cli.attacks.training import adamw, gradient_step
 from imma_cli.concepts.batches import conditioning_of, encode
 from imma_cli.concepts.drawing import drawing_seeds
 from imma_cli.immunizers.naming import OnStep, ignore, prompts_with
-from imma_cli.immunizers.retention import AT_ONCE
 from imma_cli.immunizers.scope import protected_weights
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def _drawings(
     model: Model, prompts: Sequence[str], settings: EsdSettings, runtime: Runtime, on_step: OnStep
 ) -> Iterator[Image]:
     seeds = drawing_seeds("defend", settings.seed, len(prompts))
-    for i in range(0, len(prompts), AT_ONCE):
+    for i in range(0, len(prompts), model.at_once):
         with runtime.autocast():
-            yield from model.family.draw(model, prompts[i : i + AT_ONCE], seeds[i : i + AT_ONCE])
-        on_step(min(i + AT_ONCE, len(prompts)), "Drawing what is erased", None)
+            yield from model.family.draw(model, prompts[i : i + model.at_once], seeds[i : i + model.at_once])
+        on_step(min(i + model.at_once, len(prompts)), "Drawing what is erased", None)

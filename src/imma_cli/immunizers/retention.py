@@ -36,7 +36,6 @@ NOUNS = (
 DRAWING_SEED = 2_000_000_000
 """Far from the seeds of drawn concepts and of whatever judges a model later."""
 DRAWING_STEPS = 10
-AT_ONCE = 16
 GUIDANCE = (1.0, 7.0)
 """The scales of classifier-free guidance (arXiv 2207.12598) that people draw with, from none to strong."""
 PLAIN = 0.5
@@ -83,22 +82,21 @@ class Retention:
     held_out: int
     """The last so many of the M, one noising of every picture, are never trained on: they tell how far the model has drifted."""
 
-    def drift(self, model: Model, count: int, generator: torch.Generator) -> Tensor:
-        """Mean squared difference of *model*'s guided predictions from the original's, over *count* drawn ones: a scalar.
-
-        In units of the target's variance, which is about 1: the noise's, or the velocity's.
-        """
-        return self._difference(model, torch.randint(len(self.noise) - self.held_out, (count,), generator=generator))
+    def drawn(self, count: int, generator: torch.Generator) -> Tensor:
+        """Numbers of *count* predictions that may be trained on: int64 [count]."""
+        return torch.randint(len(self.noise) - self.held_out, (count,), generator=generator)
 
     @torch.no_grad()
     def measured_drift(self, model: Model) -> float:
         """The same over what was held out."""
         rows = torch.arange(len(self.noise) - self.held_out, len(self.noise))
-        parts = [(self._difference(model, part), len(part)) for part in torch.split(rows, AT_ONCE)]
+        parts = [(self.difference(model, part), len(part)) for part in torch.split(rows, model.at_once)]
         return sum(float(difference) * count for difference, count in parts) / self.held_out
 
-    def _difference(self, model: Model, rows: Tensor) -> Tensor:
-        """What is drawn follows u + g (c - u), with and without the prompt; so that is held, not c and u apart.
+    def difference(self, model: Model, rows: Tensor) -> Tensor:
+        """Mean squared difference of *model*'s guided predictions from the original's, over *rows*: a scalar.
+
+        In units of the target's variance, which is about 1: the noise's, or the velocity's. What is drawn follows u + g (c - u), with and without the prompt; so that is held, not c and u apart.
 
         Errors of c and u that have nothing to do with each other make one of g² + (g - 1)² times their square.
         """
@@ -142,8 +140,8 @@ def retain(
     draws already, and its predictions there are to stay too.
     """
     pictures = []
-    for i in range(0, len(prompts), AT_ONCE):
-        part = prompts[i : i + AT_ONCE]
+    for i in range(0, len(prompts), model.at_once):
+        part = prompts[i : i + model.at_once]
         seeds = [DRAWING_SEED + seed * 1000 + i + k for k in range(len(part))]
         with runtime.autocast():
             pictures += model.family.draw(model, part, seeds, steps=DRAWING_STEPS)
@@ -163,7 +161,7 @@ def retain(
         torch.empty(2, count, *latents.shape[1:], device=latents.device),
         held_out=max(1, min(len(prompts), count // 4)),
     )
-    for rows in torch.split(torch.arange(count), AT_ONCE):
+    for rows in torch.split(torch.arange(count), model.at_once):
         with runtime.autocast():
             kept.predicted[:, rows] = kept.predict(model, rows).float()
     return kept

@@ -1,0 +1,237 @@
+"""One step of hardening at SD 1.x's real size, beside a bare loop and the machine's own limit.
+
+    python benchmarks/speed/loops.py        # raw lines to benchmarks/speed/results/loops.jsonl, tables to docs/performance.md
+
+Every measurement has a process of its own; those that are compared take turns, several times in one run. A step is the
+mean of an attacker's (LoRA) and an immunizing one (all attention weights), 512 × 512 pixels, batch 1, fp32. Peak memory is
+the whole process's, from its start to its end. Needs 5 GB of disk under --work, and 8 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "loops.jsonl"
+LOOPS = ("bare", "imma", "imma --low-memory", "imma --gradient-checkpointing")
+PUBLISHED = {"seconds": 43.5, "peak_bytes": 15.7e9}
+"""The published LoRA defence (github.com/amberyzheng/IMMA, fp32, 512 px, batch 1), measured on a machine of this kind."""
+PIXELS = 512
+
+
+def concept(side: int, count: int = 2) -> Any:
+    from PIL import Image
+
+    from imma_cli.concepts.concept import Concept
+
+    pictures = [
+        Image.effect_mandelbrot((side, side), (-2 + i / 3, -1, 1, 1.2), 20).convert("RGB") for i in range(count)
+    ]
+    return Concept("blue style", tuple(pictures), ("a cat in blue style",) * count, "made")
+
+
+def bare(path: Path, cycles: int) -> list[float]:
+    """What anybody would write: diffusers' UNet, PEFT's LoRA, two optimizers, encoders thrown away after caching."""
+    import torch
+    import torch.nn.functional as F
+    from diffusers import DDPMScheduler
+    from peft import LoraConfig
+
+    from imma_cli.checkpoints import open_checkpoint
+
+    model = open_checkpoint(path).load()  # reading is not what is timed
+    unet, schedule = model.unet, DDPMScheduler.from_config(model.scheduler.config)
+    with torch.no_grad():
+        side = model.family.resolution(model)
+        from imma_cli.concepts.batches import pixels
+
+        encoded = model.vae.encode(pixels(concept(side).images, side)).latent_dist
+        latents = [encoded.sample()[i : i + 1] * model.vae.config.scaling_factor for i in range(2)]
+        words = model.family.encode_prompts(model, ["a cat in blue style"])
+    del model
+    names = ("to_q", "to_k", "to_v", "to_out.0")
+    attention = [p for n, p in unet.named_parameters() if ".attn" in n and any(f".{name}." in n for name in names)]
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(names)))
+    lora = [p for n, p in unet.named_parameters() if "lora" in n]
+    inner = torch.optim.AdamW(lora, lr=1e-4)
+    outer = torch.optim.AdamW(attention, lr=1e-5, maximize=True)
+    marks = [time.monotonic()]
+    for cycle in range(cycles):
+        for parameters, optimizer in ((lora, inner), (attention, outer)):
+            unet.requires_grad_(False)
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            noise, at = torch.randn_like(latents[0]), torch.randint(1000, (1,))
+            noisy = schedule.add_noise(latents[cycle % 2], noise, at)
+            loss = F.mse_loss(unet(noisy, at, encoder_hidden_states=words, return_dict=False)[0], noise)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        marks.append(time.monotonic())
+    return marks
+
+
+def ours(path: Path, cycles: int, *, low_memory: bool, checkpointing: bool) -> list[float]:
+    """What `imma harden --method imma --attack lora` does between reading and writing."""
+
+    from imma_cli.attacks.manager import discover
+    from imma_cli.attacks.settings import parse_attacks
+    from imma_cli.checkpoints import open_checkpoint
+    from imma_cli.cli.fitting import Saving
+    from imma_cli.families.runtime import choose_runtime
+    from imma_cli.immunizers.imma import ImmunizerSettings, Step, immunize
+
+    runtime = choose_runtime("cpu", halved=low_memory)
+    saving = Saving(low_memory, checkpointing)
+    model = runtime.apply(open_checkpoint(path).load(), recomputed=saving.recomputed)
+    attacks = parse_attacks(["lora"], discover())
+    marks: list[float] = []
+
+    def mark(step: Step) -> None:
+        marks.append(time.monotonic())
+
+    def begin() -> None:
+        model.release(attacks[0].computes_with)
+        marks.append(time.monotonic())
+
+    side = model.family.resolution(model)
+    settings = ImmunizerSettings(steps=2 * cycles)
+    immunize(model, attacks, [concept(side)], settings, runtime, mark, on_encoded=begin)
+    return marks
+
+
+def child(path: Path, which: str, cycles: int) -> dict[str, Any]:
+    from imma_cli.immunizers.memory import peak_memory
+
+    began = time.monotonic()
+    if which == "bare":
+        marks = bare(path, cycles)
+    else:
+        marks = ours(path, cycles, low_memory="low" in which, checkpointing="checkpointing" in which)
+    from imma_cli.families.runtime import Runtime
+
+    seconds = [(later - earlier) / 2 for earlier, later in itertools.pairwise(marks)]
+    # the first cycle also makes the optimizers' states and warms up
+    line: dict[str, Any] = {"seconds": median(seconds[1:]), "all": [round(s, 3) for s in seconds]}
+    return line | {"peak_bytes": peak_memory(Runtime("cpu", "sdpa", "fp32")), "whole": time.monotonic() - began}
+
+
+def limit(path: Path) -> dict[str, Any]:
+    """Operations of a step, and how many this machine does per second in the two kinds that make them up."""
+    import torch
+    import torch.nn.functional as F
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from imma_cli.checkpoints import open_checkpoint
+    from imma_cli.immunizers.scope import protected_weights
+
+    def rate(of: Any, operations: float, times: int) -> float:
+        of()
+        began = time.monotonic()
+        for _ in range(times):
+            of()
+        return operations * times / (time.monotonic() - began)
+
+    with torch.no_grad():
+        a = torch.randn(2048, 2048)
+        product = rate(lambda: a @ a, 2 * 2048**3, 20)
+        x, w = torch.randn(1, 320, 64, 64), torch.randn(320, 320, 3, 3)
+        folded = rate(lambda: F.conv2d(x, w, padding=1), 2 * 64 * 64 * 320 * 320 * 9, 20)
+    model = open_checkpoint(path).load()
+    weights = list(protected_weights(model.unet, "attention").values())
+    for weight in weights:
+        weight.requires_grad_(True)
+    side = int(model.unet.config.sample_size)
+    words = model.family.encode_prompts(model, ["a cat"]).detach()
+    with FlopCounterMode(display=False) as counter:
+        inputs = torch.randn(1, 4, side, side), torch.tensor([500])
+        out = model.unet(*inputs, encoder_hidden_states=words, return_dict=False)[0]
+        torch.autograd.grad(out.square().mean(), weights)
+    return {"operations": counter.get_total_flops(), "product_per_second": product, "convolution_per_second": folded}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("speed-work"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cycles", type=int, default=3)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--draw", action="store_true", help="the table again, from the raw lines")
+    args = parser.parse_args()
+    path = args.work / "sd1-fp32.safetensors"
+    if args.child:
+        print(json.dumps(limit(path) if args.child == "limit" else child(path, args.child, args.cycles)))
+        return
+    if not args.draw:
+        measure(args.work, path, args.repeats, args.cycles)
+    show()
+
+
+def measure(work: Path, path: Path, repeats: int, cycles: int) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        import torch
+        from models import write_sd1
+
+        write_sd1(path, torch.float32)
+    RESULTS.parent.mkdir(exist_ok=True)
+    run = time.strftime("%Y-%m-%dT%H:%M:%S")
+    with RESULTS.open("a") as file:
+        for repeat in range(repeats):
+            for which in (*LOOPS, *(["limit"] if repeat == 0 else [])):
+                command = [sys.executable, __file__, "--work", str(work), "--child", which, "--cycles", str(cycles)]
+                said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                line = {"run": run, "repeat": repeat, "which": which} | json.loads(said.strip().split("\n")[-1])
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                print(line, flush=True)
+
+
+def show() -> None:
+    lines = [json.loads(text) for text in RESULTS.read_text().splitlines()]
+    lines = [line for line in lines if line["run"] == lines[-1]["run"]]
+    found = {which: [line for line in lines if line["which"] == which] for which in LOOPS}
+    alone = {line["repeat"]: line["seconds"] for line in found["bare"]}
+    rows = [
+        "| loop | s a step | × the bare loop, in the same turn | × published | peak memory, GB |",
+        "|---|---|---|---|---|",
+        f"| published (measured apart) | {PUBLISHED['seconds']} | | 1 | {PUBLISHED['peak_bytes'] / 1e9:.1f} |",
+    ]
+    for which, those in found.items():
+        seconds = median(line["seconds"] for line in those)
+        ratios = [line["seconds"] / alone[line["repeat"]] for line in those]
+        times = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        peak = max(line["peak_bytes"] for line in those) / 1e9
+        rows.append(f"| {which} | {seconds:.1f} | {times} | {seconds / PUBLISHED['seconds']:.2f} | {peak:.2f} |")
+    (machine,) = [line for line in lines if line["which"] == "limit"]
+    reached = machine["operations"] / median(line["seconds"] for line in found["imma"])
+    rows += [
+        "",
+        f"An immunizing step takes {machine['operations'] / 1e12:.2f} · 10¹² operations forward and backward: imma does "
+        f"{reached / 1e9:.0f} · 10⁹ a second. In the same run the machine does {machine['product_per_second'] / 1e9:.0f} "
+        f"in a product of matrices (2048 × 2048) and {machine['convolution_per_second'] / 1e9:.0f} in a convolution "
+        "(320 to 320 channels, 3 × 3, 64 × 64).",
+    ]
+    text = "\n".join(rows)
+    print(text)
+    page = Path(__file__).parents[2] / "docs" / "performance.md"
+    mark, end = "<!-- loops: written by loops.py -->", "<!-- end -->"
+    before, _, rest = page.read_text().partition(mark)
+    if rest:
+        page.write_text(f"{before}{mark}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Memory: what a run is going to need, which settings fit, and what to do where it was not enough."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imma_cli.cli.console import err
+from imma_cli.errors import ImmaError
+
+if TYPE_CHECKING:
+    from imma_cli.attacks.attack import Attack
+    from imma_cli.cli.hardening import HardeningSettings
+    from imma_cli.families.recomputing import Recompute
+    from imma_cli.families.runtime import Runtime
+    from imma_cli.immunizers.estimate import Estimate
+
+SPARE = 0.95
+"""The share of free memory that a run may be planned to take."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What is done to need less memory."""
+
+    low_memory: bool = False
+    gradient_checkpointing: bool = False
+
+    @property
+    def options(self) -> str:
+        chosen = {"--low-memory": self.low_memory, "--gradient-checkpointing": self.gradient_checkpointing}
+        return " ".join(name for name, given in chosen.items() if given)
+
+    @property
+    def recomputed(self) -> Recompute | None:
+        """What a step computes again; None leaves it to the runtime."""
+        return "blocks" if self.gradient_checkpointing else "cheap" if self.low_memory else None
+
+
+LADDER = (Saving(), Saving(low_memory=True), Saving(gradient_checkpointing=True), Saving(True, True))
+"""From the fastest to the smallest."""
+
+
+def free_memory(runtime: Runtime) -> int:
+    """Bytes that are free on the device."""
+    if runtime.device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(runtime.device)[0])
+    import psutil
+
+    return min(int(psutil.virtual_memory().available), _left_to_container())
+
+
+def _left_to_container() -> int:
+    """Bytes that a Linux control group still leaves to this process; a lot where there is none."""
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else int(limit) - used
+
+
+def expected(
+    config: Path, attacks: Sequence[Attack], settings: HardeningSettings, runtime: Runtime, saving: Saving
+) -> Estimate:
+    """What hardening is going to need, of the device's memory."""
+    from imma_cli.immunizers.estimate import estimate
+
+    on_cpu, again = runtime.device == "cpu", saving.recomputed
+    return estimate(config, attacks, settings, halved=saving.low_memory, recomputed=again, on_cpu=on_cpu)
+
+
+def plan(
+    config: Path,
+    attacks: Sequence[Attack],
+    settings: HardeningSettings,
+    runtime: Runtime,
+    asked: Saving,
+    *,
+    fit: bool,
+    named: bool,
+) -> tuple[Saving, Estimate]:
+    """What is done to save memory, and the estimate. With *fit*, the fastest that holds what was *asked* and fits what is free.
+
+    *named*: the user named the attacks, so none is left out for it.
+
+    Raises:
+        ImmaError: nothing fits.
+    """
+    if not fit:
+        return asked, expected(config, attacks, settings, runtime, asked)
+    free = free_memory(runtime)
+    for saving in LADDER:
+        if asked.low_memory > saving.low_memory or asked.gradient_checkpointing > saving.gradient_checkpointing:
+            continue
+        tried = [a for a in attacks if not a.in_place] if saving.low_memory else attacks
+        if saving.low_memory and ((named and len(tried) < len(attacks)) or settings.protect == "unet"):
+            continue
+        found = expected(config, tried, settings, runtime, saving)
+        if found.peak <= SPARE * free:
+            return saving, found
+    raise ImmaError(
+        f"No settings fit: {free / 1e9:.1f} GB are free on {runtime.device}, and the smallest need {found.peak / 1e9:.1f} GB.",
+        hint="Free memory, simulate fewer attacks (--attack lora alone), or take a larger device.",
+    )
+
+
+def out_of_memory(error: BaseException) -> ImmaError | None:
+    """What to say of *error*, where it means that memory ran out."""
+    if "torch" not in sys.modules:
+        return None
+    import torch
+
+    on_gpu = isinstance(error, torch.OutOfMemoryError)
+    if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+        return None
+    where = "The GPU's memory" if on_gpu else "Memory"
+    return ImmaError(
+        f"{where} ran out. Nothing was written, and finished trials are kept.",
+        hint="Less of it is needed with --gradient-checkpointing, a smaller --batch-size and fewer attacks; imma harden also has "
+        "--low-memory, and --fit chooses what fits. What it would need: imma harden --dry-run.",
+    )
+
+
+def say(found: Estimate, saving: Saving, runtime: Runtime, *, chosen: bool) -> None:
+    how = f" with {shlex.join(saving.options.split())}" if saving.options and chosen else ""
+    err.print(
+        f"About {found.peak / 1e9:.1f} GB at most{how}, estimated; {free_memory(runtime) / 1e9:.1f} GB are free.",
+        markup=False,
+    )

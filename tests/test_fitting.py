@@ -1,0 +1,181 @@
+"""What memory a run is going to need, what fits, and what is said where it was not enough."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from imma_cli.attacks.manager import discover
+from imma_cli.attacks.settings import parse_attacks
+from imma_cli.cli import fitting
+from imma_cli.families import CONFIGS
+from imma_cli.families.runtime import Runtime
+from imma_cli.immunizers.estimate import estimate
+from imma_cli.immunizers.imma import ImmunizerSettings
+from imma_cli.immunizers.settings import EpisodesSettings
+
+CPU = Runtime("cpu", "sdpa", "fp32")
+SETTINGS = ImmunizerSettings()
+
+MEASURE = """
+import json, resource, sys
+from pathlib import Path
+import psutil, torch
+torch.set_num_threads(1)
+from imma_cli.checkpoints.row_map import described_network
+from imma_cli.cli.fitting import Saving
+from imma_cli.families.runtime import Runtime
+from imma_cli.immunizers.estimate import estimate
+from imma_cli.immunizers.imma import ImmunizerSettings
+from imma_cli.attacks.manager import discover
+from imma_cli.attacks.settings import parse_attacks
+from test_imma import some_concept
+from transformers import CLIPTokenizer
+from imma_cli.families import family_named
+from imma_cli.immunizers.imma import immunize
+
+config, low = Path(sys.argv[1]), sys.argv[2] == "low"
+attacks, settings = parse_attacks(["lora"], discover()), ImmunizerSettings(steps=4)
+saving = Saving(low_memory=low)
+again = saving.recomputed or "nothing"
+expected = estimate(config, attacks, settings, halved=low, recomputed=again, on_cpu=True)
+before = psutil.Process().memory_info().rss
+networks = {}
+for part in ("unet", "vae", "text_encoder"):
+    networks[part] = described_network(part, config).to_empty(device="cpu")
+    with torch.no_grad():
+        for weight in networks[part].parameters():
+            weight.normal_(0, 0.02)
+        for buffer in networks[part].buffers():
+            buffer.copy_(torch.arange(buffer.numel()).reshape(buffer.shape))
+tokenizer = CLIPTokenizer.from_pretrained(config / "tokenizer")
+scheduler = json.loads((config / "scheduler" / "scheduler_config.json").read_text())
+model = family_named("sd1").assemble(**networks, tokenizer=tokenizer, scheduler=scheduler)
+del networks
+model = Runtime("cpu", "sdpa", "fp32", halved=low).apply(model, recomputed=again)
+immunize(model, attacks, [some_concept()], settings, Runtime("cpu", "sdpa", "fp32"), on_encoded=lambda: model.release(()))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([expected.peak + before, peak]))
+"""
+
+
+def wider(config: Path, factor: int, folder: Path) -> Path:
+    """The demo's configuration with networks so many times as wide."""
+    import shutil
+
+    shutil.copytree(config, folder)
+    path = folder / "unet" / "config.json"
+    described = json.loads(path.read_text())
+    described["block_out_channels"] = [factor * width for width in described["block_out_channels"]]
+    path.write_text(json.dumps(described))
+    return folder
+
+
+@pytest.mark.parametrize(("factor", "saving"), [(1, "plain"), (2, "plain"), (4, "plain"), (4, "low")])
+def test_the_estimate_is_within_15_percent_of_the_measured_peak(tmp_path: Path, factor: int, saving: str) -> None:
+    config = wider(CONFIGS / "demo", factor, tmp_path / "config")
+    command = [sys.executable, "-c", MEASURE, str(config), saving]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    assert done.returncode == 0, done.stderr
+    expected, measured = json.loads(done.stdout.strip().split("\n")[-1])
+    assert expected == pytest.approx(measured, rel=0.15)
+
+
+def test_saving_memory_is_worth_it_at_the_real_size() -> None:
+    attacks = parse_attacks(["lora"], discover())
+
+    def peak(*saving: bool) -> int:
+        return fitting.expected(CONFIGS / "sd1", attacks, ImmunizerSettings(), CPU, fitting.Saving(*saving)).peak
+
+    assert peak(True) < 0.8 * peak()
+
+
+def test_fit_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    attacks = parse_attacks(["lora"], discover())
+    needs = [fitting.expected(CONFIGS / "demo", attacks, SETTINGS, CPU, saving).peak for saving in fitting.LADDER]
+
+    def chosen(free: float) -> fitting.Saving:
+        monkeypatch.setattr(fitting, "free_memory", lambda runtime: free / fitting.SPARE)
+        return fitting.plan(CONFIGS / "demo", attacks, SETTINGS, CPU, fitting.Saving(), fit=True, named=True)[0]
+
+    assert chosen(needs[0] + 1) == fitting.Saving()
+    assert chosen(needs[0] - 1) != fitting.Saving()
+    assert chosen(min(needs) + 1).low_memory
+
+
+def test_what_fits_nowhere_is_refused_with_what_it_needs(
+    imma, tiny_checkpoint, tiny_config, pictures, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(fitting, "free_memory", lambda runtime: 1000)
+    output = tmp_path / "never.safetensors"
+    code, _, err = imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue", "--images", pictures, "--fit",
+        "--output", output,
+    )  # fmt: skip
+    assert code == 2
+    assert "No settings fit: 0.0 GB are free on cpu" in " ".join(err.split())
+    assert not output.exists()
+
+
+def test_fit_leaves_out_what_takes_too_much(
+    imma, tiny_checkpoint, tiny_config, pictures, tmp_path, monkeypatch
+) -> None:
+    """The attacks that are simulated by default include one that trains a copy of all weights."""
+    attacks = parse_attacks(["lora", "loha"], discover())
+    low = fitting.expected(tiny_config, attacks, EpisodesSettings(), CPU, fitting.Saving(low_memory=True)).peak
+    monkeypatch.setattr(fitting, "free_memory", lambda runtime: (low + 1) / fitting.SPARE)
+    code, _, err = imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue", "--images", pictures, "--fit",
+        "--steps", 12, "--device", "cpu", "--output", tmp_path / "hard.safetensors",
+    )  # fmt: skip
+    said = " ".join(err.split())
+    assert code == 0, err
+    assert "at most with --low-memory" in said
+    assert "Left out, as it takes a second copy of all weights: full-finetune" in said
+
+
+def test_a_dry_run_says_what_it_expects(imma, tiny_checkpoint, tiny_config, pictures) -> None:
+    code, out, _ = imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue", "--images", pictures, "--dry-run",
+        "--attack", "lora", "--steps", 12, "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["estimated_peak_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")],
+)  # fmt: skip
+def test_running_out_of_memory_says_what_to_change(
+    imma, tiny_checkpoint, tiny_config, pictures, tmp_path, monkeypatch, error
+) -> None:
+    from imma_cli.cli import hardening
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(hardening, "carry_out", full)
+    output = tmp_path / "never.safetensors"
+    code, _, err = imma(
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue", "--images", pictures, "--output", output,
+    )  # fmt: skip
+    assert code == 2
+    assert "ran out. Nothing was written" in err
+    assert "--fit" in err
+    assert "Traceback" not in err
+    assert not output.exists()
+
+
+def test_the_estimate_counts_what_an_attack_in_place_copies() -> None:
+    def peak(name: str) -> int:
+        attacks = parse_attacks([name], discover())
+        settings = ImmunizerSettings()
+        return estimate(CONFIGS / "demo", attacks, settings, halved=False, recomputed="nothing", on_cpu=True).peak
+
+    assert peak("full-finetune") > 2 * peak("lora")
