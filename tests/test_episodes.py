@@ -18,6 +18,7 @@ from imma_cli.attacks.training import Attacker, NotFiniteError
 from imma_cli.concepts.batches import Batch, TrainingSet, conditioning_of, encode
 from imma_cli.errors import ImmaError
 from imma_cli.families.model import Model
+from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers import checking
 from imma_cli.immunizers.checking import QuickCheck
 from imma_cli.immunizers.episodes import immunize_in_episodes
@@ -312,7 +313,7 @@ def test_checking_stays_cheap(tiny_model: Model, retention: Retention) -> None:
     check = QuickCheck(tiny_model, attacks, [example_concept()], retention, CPU, 0, steps=1)
     assert len(check.pairs) == checking.PAIRS
     assert SHORT.checks_in(1000) == 0
-    assert EpisodesSettings().checks_in(1000) == 5
+    assert EpisodesSettings().checks_in(1000) == 3
     assert EpisodesSettings().checks_in(checking.STEPS - 1) == 0
 
 
@@ -336,3 +337,24 @@ def test_gradients_that_are_not_finite_change_no_weight(
     with pytest.raises(NotFiniteError):
         harden(tiny_model, retention, "lora", steps=40)
     assert all(torch.equal(before[name], weight) for name, weight in tiny_model.unet.state_dict().items())
+
+
+def test_a_second_core_changes_the_time_and_no_weight(
+    tiny_model: Model, retention: Retention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = harden(tiny_model, retention, "lora", "full-finetune").weights
+    monkeypatch.setattr(Runtime, "core_to_spare", lambda self, model: True)
+    beside = harden(tiny_model, retention, "lora", "full-finetune").weights
+    assert all(torch.equal(alone[name], weight) for name, weight in beside.items())
+
+
+def test_a_thread_of_its_own_hides_no_error(
+    tiny_model: Model, retention: Retention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(self: Retention, model: Model, *_: Any) -> Tensor:
+        return torch.tensor(float("nan"))
+
+    monkeypatch.setattr(Runtime, "core_to_spare", lambda self, model: True)
+    monkeypatch.setattr(Retention, "difference", spoilt)
+    with pytest.raises(NotFiniteError):
+        harden(tiny_model, retention, "lora", steps=40)

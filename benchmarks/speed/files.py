@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import page
 
 RESULTS = Path(__file__).parent / "results" / "files.jsonl"
 DTYPES = ("float32", "float16")
@@ -87,19 +88,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("speed-work"))
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--draw", action="store_true", help="the table again, from the raw lines")
     parser.add_argument("--child", nargs=2, metavar=("FILE", "PROTECT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(measure(Path(args.child[0]), args.child[1])))
         return
-    args.work.mkdir(parents=True, exist_ok=True)
+    if args.draw:
+        show()
+        return
     lines = []
     for dtype in DTYPES:
-        path = args.work / f"sd1-{dtype}.safetensors"
-        if not path.exists():
-            code = "import sys, torch; from pathlib import Path; from models import write_sd1; write_sd1(Path(sys.argv[1]), getattr(torch, sys.argv[2]))"
-            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-            subprocess.run([sys.executable, "-c", code, str(path), dtype], check=True, env=environment)
+        path = made(args.work, dtype)
         for protect in ("attention", "unet"):
             for repetition in range(args.repetitions):
                 copy_seconds = copied(path)
@@ -108,10 +108,23 @@ def main() -> None:
                 line = {"dtype": dtype, "changed": protect, "repetition": repetition, "copy_seconds": copy_seconds}
                 lines.append(line | json.loads(said.splitlines()[-1]))
                 print(lines[-1], flush=True)
-    shutil.rmtree(args.work)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print(table(lines))
+    show()
+
+
+def made(work: Path, dtype: str) -> Path:
+    """In a process of its own: what it takes must not count."""
+    code = "import sys; from pathlib import Path; from models import sd1; sd1(Path(sys.argv[1]), sys.argv[2])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", code, str(work), dtype], check=True, env=environment)
+    return work / f"sd1-{dtype}.safetensors"
+
+
+def show() -> None:
+    text = table([json.loads(line) for line in RESULTS.read_text().splitlines()])
+    print(text)
+    page.put("files.py", text)
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -22,9 +22,14 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import page
+from models import sd1
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "loops.jsonl"
-LOOPS = ("bare", "imma", "imma --low-memory", "imma --gradient-checkpointing")
+LOOPS = ("bare", "imma", "imma --low-memory")
+ONCE = ("imma --gradient-checkpointing", "limit")
+"""Measured in the first turn only."""
 PUBLISHED = {"seconds": 43.5, "peak_bytes": 15.7e9}
 """The published LoRA defence (github.com/amberyzheng/IMMA, fp32, 512 px, batch 1), measured on a machine of this kind."""
 PIXELS = 512
@@ -166,11 +171,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("speed-work"))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cycles", type=int, default=3)
+    parser.add_argument("--cycles", type=int, default=2)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--draw", action="store_true", help="the table again, from the raw lines")
     args = parser.parse_args()
-    path = args.work / "sd1-fp32.safetensors"
+    path = sd1(args.work, "float32")
     if args.child:
         print(json.dumps(limit(path) if args.child == "limit" else child(path, args.child, args.cycles)))
         return
@@ -180,17 +185,11 @@ def main() -> None:
 
 
 def measure(work: Path, path: Path, repeats: int, cycles: int) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        import torch
-        from models import write_sd1
-
-        write_sd1(path, torch.float32)
     RESULTS.parent.mkdir(exist_ok=True)
     run = time.strftime("%Y-%m-%dT%H:%M:%S")
     with RESULTS.open("a") as file:
         for repeat in range(repeats):
-            for which in (*LOOPS, *(["limit"] if repeat == 0 else [])):
+            for which in (*LOOPS, *(ONCE if repeat == 0 else ())):
                 command = [sys.executable, __file__, "--work", str(work), "--child", which, "--cycles", str(cycles)]
                 said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 line = {"run": run, "repeat": repeat, "which": which} | json.loads(said.strip().split("\n")[-1])
@@ -202,7 +201,7 @@ def measure(work: Path, path: Path, repeats: int, cycles: int) -> None:
 def show() -> None:
     lines = [json.loads(text) for text in RESULTS.read_text().splitlines()]
     lines = [line for line in lines if line["run"] == lines[-1]["run"]]
-    found = {which: [line for line in lines if line["which"] == which] for which in LOOPS}
+    found = {which: [line for line in lines if line["which"] == which] for which in (*LOOPS, ONCE[0])}
     alone = {line["repeat"]: line["seconds"] for line in found["bare"]}
     rows = [
         "| loop | s a step | × the bare loop, in the same turn | × published | peak memory, GB |",
@@ -226,11 +225,7 @@ def show() -> None:
     ]
     text = "\n".join(rows)
     print(text)
-    page = Path(__file__).parents[2] / "docs" / "performance.md"
-    mark, end = "<!-- loops: written by loops.py -->", "<!-- end -->"
-    before, _, rest = page.read_text().partition(mark)
-    if rest:
-        page.write_text(f"{before}{mark}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
+    page.put("loops.py", text)
 
 
 if __name__ == "__main__":

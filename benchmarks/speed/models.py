@@ -30,6 +30,15 @@ def random_network(part: str, config: Path, dtype: torch.dtype, generator: torch
     return network
 
 
+def sd1(work: Path, dtype: str) -> Path:
+    """The checkpoint in the folder *work*, made where it is not there yet."""
+    path = work / f"sd1-{dtype}.safetensors"
+    if not path.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        write_sd1(path, getattr(torch, dtype))
+    return path
+
+
 def write_sd1(path: Path, dtype: torch.dtype) -> Path:
     """An SD 1.x single file of the real size: 4.3 GB in float32, 2.1 GB in float16."""
     from safetensors.torch import save_file

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from imma_cli.cli import erasing, fitting, hardened, hardening, resuming
+from imma_cli.cli import erasing, fitting, hardened, hardening, profiling, resuming
 from imma_cli.cli.console import Refusals, err, print_json
 from imma_cli.cli.inputs import beside, check_methods, check_unused, inputs
 from imma_cli.cli.progress import waiting
@@ -104,6 +104,9 @@ def harden(
     config: Annotated[
         Path | None, typer.Option(help="Configuration folder in diffusers' layout, for widths that imma does not know.")
     ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write a trace of a few cycles by torch's profiler to this file.")
+    ] = None,
     save_every: Annotated[
         float,
         typer.Option(min=0, help="Minutes after which the state of the run is saved beside the output; 0: never."),
@@ -137,10 +140,13 @@ def harden(
                 "--outer-learning-rate": outer_learning_rate is not None,
                 "--batch-size": batch_size != 1,
                 "--protect": protect != "attention",
+                "--profile": profile is not None,
             },
         )
     if opened is not None:
         refusals.check(opened.check_output, target, force=force or dry_run)
+    if profile is not None:
+        refusals.check(profiling.check, profile)
     saved = refusals.check(resuming.existing, target) if resume and not dry_run else None
 
     from dataclasses import replace
@@ -223,7 +229,10 @@ def harden(
         erased = None
         if erasing_settings:
             erased = erasing.carry_out(model, concept, erasing_settings, runtime, keep or (), keeper, quiet=json)
-        result = hardening.carry_out(model, attacks, concepts, settings, runtime, keep or (), keeper, quiet=json)
+        with profiling.recording(profile, quiet=json) as after_cycle:
+            result = hardening.carry_out(
+                model, attacks, concepts, settings, runtime, keep or (), keeper, after_cycle, quiet=json
+            )
     changes = hardened.Changes.of(model, erased, result)
     with waiting("Writing", quiet=json):
         provenance = record(result.simulated_steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Literal
 
@@ -133,6 +133,7 @@ def carry_out(
     runtime: Runtime,
     keep: Sequence[str],
     keeper: Keeper,
+    after_cycle: Callable[[], None] = lambda: None,
     *,
     quiet: bool,
 ) -> Immunized:
@@ -147,6 +148,7 @@ def carry_out(
 
     def show(step: Step) -> None:
         advance(step.cycle, **_curves(step))
+        after_cycle()
 
     def release() -> None:
         model.release(needed)

@@ -57,7 +57,7 @@ class Runtime:
         if self.halved:
             halve(model.unet)
         model.to(self.device)
-        if self.device == "cpu" and model.is_small and "OMP_NUM_THREADS" not in os.environ:
+        if self._one_thread(model):
             # in layers this narrow threads wait for each other longer than they compute (benchmarks/threads.py)
             torch.set_num_threads(1)
         if self.attention == "xformers":
@@ -66,6 +66,15 @@ class Runtime:
             recomputed = "cheap" if self.device == "cpu" and not model.is_small else "nothing"
         recompute(model.unet, recomputed)
         return model
+
+    def core_to_spare(self, model: Model) -> bool:
+        """Whether *model* is computed on one core, and there are more."""
+        allowed: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)  # not everywhere
+        cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+        return self._one_thread(model) and cores > 1
+
+    def _one_thread(self, model: Model) -> bool:
+        return self.device == "cpu" and model.is_small and "OMP_NUM_THREADS" not in os.environ
 
 
 def choose_runtime(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,24 +89,22 @@ class Defender:
         """
         self.optimizer.param_groups[0]["lr"] = self.rate * (1 - done if self.settings.anneal else 1)
         batch = _outer_batch(episode.batches, self.settings.outer_batch)
-        with trainable(episode.weights):
-            missing, loss = self.objective(episode.attack, episode.model, batch)
-            require_finite(loss)
-            if not missing.requires_grad:
-                raise ImmaError(
-                    f"The loss of {episode.attack.name} depends on none of the weights that may change.",
-                    hint="It computes with copies of them. Name another --protect, or leave this attack out.",
-                )
-            harmful = torch.autograd.grad(missing, episode.weights, allow_unused=True)
-        drift, kept = self._held()
-        for gradients in (
-            harmful,
-            kept,
-        ):  # a loss may be finite where its gradient is not; the weights stay as they were
+        with trainable([*episode.weights, *self.weights]):
+            if self.runtime.core_to_spare(self.model):
+                # two passes that have nothing to do with each other, and on one core each take half of the step
+                with ThreadPoolExecutor(max_workers=1) as beside:
+                    later = beside.submit(self._held)
+                    loss, harmful = self._missed(episode, batch)
+                drift, kept = later.result()
+            else:
+                loss, harmful = self._missed(episode, batch)
+                drift, kept = self._held()
+        for gradients in (harmful, kept):
+            # a loss may be finite where its gradient is not; the weights stay as they were
             require_finite(_length(gradients))
         self._descend(_clipped(harmful), kept, episode)
         self._price(drift)
-        return float(loss.detach()), drift
+        return loss, drift
 
     def taken(self) -> dict[str, Tensor]:
         """A copy of S_u as it is now, by state-dict name."""
@@ -131,6 +130,17 @@ class Defender:
         self.generator.set_state(saved["generator"])
         self.moved = list(saved["moved"])
 
+    def _missed(self, episode: Episode, batch: Batch) -> tuple[float, Sequence[Tensor | None]]:
+        """The attacker's loss, and the gradient that takes away what he has gained."""
+        missing, loss = self.objective(episode.attack, episode.model, batch)
+        require_finite(loss)
+        if not missing.requires_grad:
+            raise ImmaError(
+                f"The loss of {episode.attack.name} depends on none of the weights that may change.",
+                hint="It computes with copies of them. Name another --protect, or leave this attack out.",
+            )
+        return float(loss.detach()), torch.autograd.grad(missing, episode.weights, allow_unused=True)
+
     def _held(self) -> tuple[float, Sequence[Tensor | None]]:
         """How far predictions for other prompts have moved, and the gradient that brings them back."""
         if not self.settings.keep_batch:
@@ -138,15 +148,12 @@ class Defender:
         rows = self.retention.drawn(self.settings.keep_batch, self.generator)
         total: list[Tensor | None] = [None] * len(self.weights)
         drift = 0.0
-        with trainable(self.weights):
-            for part in torch.split(rows, self.model.at_once):
-                share = self.runtime.forward(partial(self.retention.difference, self.model, part)) * (
-                    len(part) / len(rows)
-                )
-                require_finite(share)
-                drift += float(share.detach())
-                added = torch.autograd.grad(share, self.weights, allow_unused=True)
-                total = [b if a is None else a if b is None else a + b for a, b in zip(total, added, strict=True)]
+        for part in torch.split(rows, self.model.at_once):
+            held = self.runtime.forward(partial(self.retention.difference, self.model, part)) * (len(part) / len(rows))
+            require_finite(held)
+            drift += float(held.detach())
+            added = torch.autograd.grad(held, self.weights, allow_unused=True)
+            total = [b if a is None else a if b is None else a + b for a, b in zip(total, added, strict=True)]
         return drift, total
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ class EpisodesSettings:
     """Noised pictures of other things in an outer step, each predicted with and without its prompt; 0: nothing is held on to."""
     anneal: bool = True
     """Whether the immunizing rate falls to zero over the run: the noise of the last steps is drift that resists nobody."""
-    checks: int = 5
+    checks: int = 3
     """How often along the way a short real attack is run on a copy, to stop where it gets no harder; 0: never. No more often
     than once in as many outer steps as the attack has."""
 
