@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor, nn
 
-from imma_cli.attacks import Attack, Preset
+from imma_cli.attacks import Attack, Preset, testing
 from imma_cli.attacks.attack import Range
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
@@ -36,7 +36,7 @@ from imma_cli.concepts.folders import read_concept
 from imma_cli.demo import PROMPTS, write_demo
 from imma_cli.errors import ImmaError
 from imma_cli.families.model import Model
-from imma_cli.families.runtime import Runtime
+from imma_cli.families.runtime import Runtime, cores
 from imma_cli.verification import trials
 from imma_cli.verification.keeping import check_folder
 from imma_cli.verification.lines import line_of
@@ -787,3 +787,38 @@ def test_processes_of_a_launcher_speak_with_one_voice(arguments: list[str], tmp_
     assert ranks[0].returncode in (1, 2)
     assert "report.html" in said[0][0]
     assert (ranks[1].returncode, said[1][0]) == (0, "")
+
+
+def test_helpers_share_the_trials_and_change_nothing(tmp_path: Path) -> None:
+    """On a machine with a core to spare; where there is one core only, nobody helps."""
+    home = Path(__file__).parent
+    names = dict(os.environ)
+    names.pop("OMP_NUM_THREADS")
+    environment = [names, {**names, "OMP_NUM_THREADS": "1"}]
+    said, summaries = [], []
+    checkpoint, config = testing.tiny_checkpoint(tmp_path)
+    hardened = tmp_path / "hardened.safetensors"
+    files = [str(part) for part in ("--config", config, "--concept", "blue style")]
+    make = ["harden", str(checkpoint), *files, "--method", "imma", "--attack", "lora", "--steps", "4", "--draw", "2"]
+    command([*make, "--output", str(hardened)], names)
+    for number, chosen in enumerate(environment):
+        report = tmp_path / str(number)
+        arguments = ["verify", str(hardened), "--against", str(checkpoint), *files, "--attack", "lora", "--draw", "2"]
+        arguments += ["--seeds", "2", "--budget", "4", "--images-per-prompt", "1", "--prompts", "1"]
+        arguments += ["--preset", "quick", "--metric", "pixel", "--report", str(report)]
+        said.append(command(arguments, chosen, cwd=home))
+        summaries.append(json.loads((report / "summary.json").read_text()))
+    assert ("processes share the trials" in said[0]) == (cores() > 1)
+    assert "processes share the trials" not in said[1]
+    for summary in summaries:
+        summary.pop("study", None)
+    assert summaries[0] == summaries[1]
+
+
+def command(arguments: list[str], environment: dict[str, str], cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "imma_cli", *arguments],
+        env=environment, cwd=cwd, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 1, 2), done.stderr
+    return " ".join(done.stderr.split())

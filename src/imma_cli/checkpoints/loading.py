@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from imma_cli.checkpoints.allocator import give_back_large_blocks
 from imma_cli.checkpoints.row_map import described_network
 from imma_cli.checkpoints.tensors import Float32Weights, all_finite
 from imma_cli.checkpoints.topology import PREFIXES
 from imma_cli.errors import ImmaError
-from imma_cli.families.model import Model
+from imma_cli.families.model import SMALL_MODEL, Model
 
 if TYPE_CHECKING:
     from imma_cli.checkpoints.checkpoint import Checkpoint
@@ -24,6 +25,8 @@ PROBE = "a photo of a cat on the red table"
 def load(checkpoint: Checkpoint) -> Model:
     """The checkpoint's model, float32, on the CPU; see ``Checkpoint.load``."""
     broken: list[str] = []
+    if checkpoint.parts["unet"].parameters >= SMALL_MODEL:
+        give_back_large_blocks()
     with quiet():
         # the pipeline is for drawing; its import tells of optional packages, which nobody here has asked for
         from diffusers import DDPMScheduler, StableDiffusionPipeline  # noqa: F401

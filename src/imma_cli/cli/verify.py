@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from imma_cli.cli import verifying
+from imma_cli.cli import helping, verifying
 from imma_cli.cli.console import Refusals, err, out, print_json
 from imma_cli.cli.progress import course, waiting
 
@@ -161,9 +161,12 @@ def verify(
         err.print(f"[yellow]Warning:[/] {escape(warning)}")
     kept = Kept(study, report, writes=rank.speaks)
     adapters = verifying.open_adapters(save_adapters, study)
-    shared = verifying.open_storage(storage, report, study.study, retry_failed=retry_failed)
-    campaign = setup.campaign(study, shared, baselines=baselines, adapters=adapters)
-    records = verifying.run(campaign, kept, resumable=bool(report or storage), quiet=quiet)
+    count = helping.how_many(effort, rank, runtime, setup.models["original"])
+    with helping.place_to_share(storage, report, count) as place:
+        shared = verifying.open_storage(place, report, study.study, retry_failed=retry_failed)
+        campaign = setup.campaign(study, shared, baselines=baselines, adapters=adapters)
+        with helping.helpers(count, place, quiet=quiet):
+            records = verifying.run(campaign, kept, resumable=bool(report or storage), quiet=quiet)
     if not rank.speaks:
         return
     summary = verifying.summarise(records, thresholds, report)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imma_cli.cli.console import Refusals, err
+from imma_cli.cli.helping import end_if_orphaned
 from imma_cli.cli.progress import course
 from imma_cli.errors import ImmaError
 
@@ -200,10 +201,14 @@ def run(campaign: Campaign, kept: Kept, *, resumable: bool, quiet: bool) -> Reco
     def lines() -> list[dict[str, Any]]:
         return [shown, *(line for result in campaign.storage.finished() for line in result.lines)]
 
+    def watch(done: float, title: str, loss: float | None) -> None:
+        end_if_orphaned()
+        advance(done, doing=title, loss=loss)
+
     kept.write(lines())
     with course("Verifying", campaign.total, quiet=quiet) as advance:
         try:
-            campaign.work(lambda done, title, loss: advance(done, doing=title, loss=loss), lambda: kept.write(lines()))
+            campaign.work(watch, lambda: kept.write(lines()))
         except BaseException:
             if resumable and not quiet:
                 err.print("Finished trials are kept; the same command goes on where this one stopped.")

@@ -64,8 +64,8 @@ class Model:
         They cannot be computed with any more.
         """
         for part in {"vae", "text_encoder"}.difference(keep):
-            for tensor in self.networks[part].state_dict().values():
-                tensor.untyped_storage().resize_(0)
+            for parameter in self.networks[part].parameters():
+                parameter.data = parameter.data.new_empty(0)
 
     def freeze(self) -> Model:
         """Evaluation mode, no weight asks for a gradient."""

@@ -69,12 +69,16 @@ class Runtime:
 
     def core_to_spare(self, model: Model) -> bool:
         """Whether *model* is computed on one core, and there are more."""
-        allowed: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)  # not everywhere
-        cores = len(allowed(0)) if allowed else os.cpu_count() or 1
-        return self._one_thread(model) and cores > 1
+        return self._one_thread(model) and cores() > 1
 
     def _one_thread(self, model: Model) -> bool:
         return self.device == "cpu" and model.is_small and "OMP_NUM_THREADS" not in os.environ
+
+
+def cores() -> int:
+    """How many of the processor's cores this process may use."""
+    allowed: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)  # not everywhere
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def choose_runtime(
