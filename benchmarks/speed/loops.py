@@ -100,7 +100,7 @@ def ours(path: Path, cycles: int, *, low_memory: bool, checkpointing: bool) -> l
 
     runtime = choose_runtime("cpu", halved=low_memory)
     saving = Saving(low_memory, checkpointing)
-    model = runtime.apply(open_checkpoint(path).load(), recomputed=saving.recomputed)
+    model = runtime.apply(open_checkpoint(path).load(halved=low_memory), recomputed=saving.recomputed)
     attacks = parse_attacks(["lora"], discover())
     marks: list[float] = []
 

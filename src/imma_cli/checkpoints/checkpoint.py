@@ -147,15 +147,15 @@ class Checkpoint:
         """Keys of a second, averaged copy of the UNet. Writing drops them: they hold the unchanged weights."""
         return tuple(key for file in self.files for key in file.header.entries if key.startswith(EMA))
 
-    def load(self) -> Model:
-        """The model in float32 on the CPU, frozen. Uses no network.
+    def load(self, *, halved: bool = False) -> Model:
+        """The model in float32 on the CPU, frozen; *halved*: what `Runtime.halved` means, in 16 bits. Uses no network.
 
         Raises ImmaError for NaN or Inf in the weights, for a tokenizer that does not work, or where the file changed since it was opened.
         """
         from imma_cli.checkpoints.loading import load
 
         self.require_unchanged()
-        return load(self)
+        return load(self, halved=halved)
 
     def check_output(self, output: Path, *, force: bool = False) -> None:
         """Raises ImmaError, with every reason, where :meth:`write` could not write *output*. Call it before long work."""

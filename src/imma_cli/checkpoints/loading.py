@@ -13,6 +13,7 @@ from imma_cli.checkpoints.row_map import described_network
 from imma_cli.checkpoints.tensors import Float32Weights, all_finite
 from imma_cli.checkpoints.topology import PREFIXES
 from imma_cli.errors import ImmaError
+from imma_cli.families.halving import halved_layers
 from imma_cli.families.model import SMALL_MODEL, Model
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ NAMED = 8
 PROBE = "a photo of a cat on the red table"
 
 
-def load(checkpoint: Checkpoint) -> Model:
+def load(checkpoint: Checkpoint, *, halved: bool = False) -> Model:
     """The checkpoint's model, float32, on the CPU; see ``Checkpoint.load``."""
     broken: list[str] = []
     if checkpoint.parts["unet"].parameters >= SMALL_MODEL:
@@ -33,7 +34,7 @@ def load(checkpoint: Checkpoint) -> Model:
         from transformers import CLIPTokenizer
 
         model = checkpoint.family.assemble(
-            **{part: _network(checkpoint, part, broken) for part in PREFIXES},
+            **{part: _network(checkpoint, part, broken, halved=halved and part == "unet") for part in PREFIXES},
             tokenizer=CLIPTokenizer.from_pretrained(checkpoint.config / "tokenizer", local_files_only=True),
             scheduler=DDPMScheduler.load_config(checkpoint.config / "scheduler", local_files_only=True),
         )
@@ -43,7 +44,7 @@ def load(checkpoint: Checkpoint) -> Model:
     return model
 
 
-def _network(checkpoint: Checkpoint, part: str, broken: list[str]) -> Any:
+def _network(checkpoint: Checkpoint, part: str, broken: list[str], *, halved: bool) -> Any:
     """One network with its weights; the names of those with NaN or Inf are added to *broken*."""
     from accelerate import init_empty_weights
 
@@ -52,8 +53,10 @@ def _network(checkpoint: Checkpoint, part: str, broken: list[str]) -> Any:
         network = described_network(part, checkpoint.config)
     weights = Float32Weights(checkpoint, part)
     filled = {}
+    narrow = {f"{name}.weight" for name, _ in halved_layers(network)} if halved else set()
     for name, empty in network.state_dict().items():
-        filled[name] = weights.get(name, tuple(empty.shape))
+        get = weights.narrow if name in narrow else weights.get
+        filled[name] = get(name, tuple(empty.shape))
         if not all_finite(filled[name]):
             broken.append(f"{part}.{name}")
     network.load_state_dict(filled, assign=True)

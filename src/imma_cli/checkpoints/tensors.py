@@ -12,6 +12,7 @@ from torch import Tensor
 from imma_cli.checkpoints.row_map import RowMap, row_map
 from imma_cli.checkpoints.safetensors_file import Entry, Header
 from imma_cli.checkpoints.topology import Shape
+from imma_cli.families.halving import narrowed
 
 if TYPE_CHECKING:
     from imma_cli.checkpoints.checkpoint import Checkpoint, WeightFile
@@ -49,27 +50,31 @@ class Float32Weights:
         self.rows = rows_of(checkpoint, part)
         self._mapped: dict[Path, Any] = {}
 
-    def get(self, name: str, shape: Shape) -> Tensor:
+    def narrow(self, name: str, shape: Shape) -> Tensor:
+        """The same weight in 16 bits. Nothing is mapped for it: pages that were read would count as this process's memory."""
+        return narrowed(self.get(name, shape, mapped=False))
+
+    def get(self, name: str, shape: Shape, *, mapped: bool = True) -> Tensor:
         """The weight *name*, which has *shape* in the model."""
         sources = self.rows.sources(name)
         key, (taken, _) = next(iter(sources.items()))
         if len(sources) == 1 and torch.equal(taken, torch.arange(self.entries[key][1].shape[0])):
-            return self._read(key).reshape(shape)
+            return self._read(key, mapped).reshape(shape)
         whole = torch.empty(shape).view(shape[0], -1)
         for key, (taken, within) in sources.items():
-            whole[within] = self._read(key).flatten(1)[taken]
+            whole[within] = self._read(key, mapped).flatten(1)[taken]
         return whole.view(shape)
 
-    def _read(self, key: str) -> Tensor:
+    def _read(self, key: str, mapped: bool) -> Tensor:
         file, entry = self.entries[key]
-        if entry.dtype != "F32" or not entry.shape:
+        if entry.dtype != "F32" or not entry.shape or not mapped:
             return read_tensor(file.path, file.header, entry).float()
         if file.path not in self._mapped:
             from safetensors import safe_open
 
             self._mapped[file.path] = safe_open(file.path, "pt")
-        mapped: Tensor = self._mapped[file.path].get_tensor(key)
-        return mapped
+        tensor: Tensor = self._mapped[file.path].get_tensor(key)
+        return tensor
 
 
 class Scattered(Mapping[str, Tensor]):

@@ -185,7 +185,7 @@ def harden(
     if not json:
         err.print(f"On {runtime}", markup=False)
     with waiting("Reading the checkpoint", quiet=json):
-        model = runtime.apply(opened.load(), recomputed=saving.recomputed)
+        model = runtime.apply(opened.load(halved=runtime.halved), recomputed=saving.recomputed)
     if preset == "quick" and settings:
         settings = replace(settings, steps=hardening.quick_steps(model))
     settings = hardening.checked(settings, model, len(attacks) * len(concept))

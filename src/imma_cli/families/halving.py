@@ -37,25 +37,28 @@ class HalvedConv2d(nn.Conv2d):
 HALVED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: HalvedLinear, nn.Conv2d: HalvedConv2d}
 
 
-def halved_layers(unet: nn.Module) -> Iterator[nn.Module]:
-    """The layers of *unet* outside its attention."""
+def halved_layers(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of *unet* outside its attention, by name."""
     for name, module in unet.named_modules():
         if type(module) in HALVED and not ATTENTION.search(name):
-            yield module
+            yield name, module
 
 
 @torch.no_grad()
 def halve(unet: nn.Module) -> None:
     """Hold the weights of *unet* outside its attention in 16 bits, but for norms and biases, which are small."""
-    for module in halved_layers(unet):
+    for _, module in halved_layers(unet):
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
-        weight.data = weight.data.to(_narrow(weight))
+        weight.data = narrowed(weight.data)
         # the class and not a hook: copies of the network (copy.deepcopy) keep it, and PEFT knows it for what it is
         module.__class__ = HALVED[type(module)]
 
 
-def _narrow(weight: Tensor) -> torch.dtype:
-    if isinstance(weight.data, FakeTensor):
-        return torch.float16
-    return torch.float16 if weight.abs().max() <= torch.finfo(torch.float16).max else torch.bfloat16
+def narrowed(weight: Tensor) -> Tensor:
+    """*weight* in 16 bits; itself, where it is already."""
+    if weight.element_size() == 2:
+        return weight
+    known = not isinstance(weight, FakeTensor)
+    fits = not known or bool(weight.abs().max() <= torch.finfo(torch.float16).max)
+    return weight.to(torch.float16 if fits else torch.bfloat16)

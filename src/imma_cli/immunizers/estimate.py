@@ -72,7 +72,7 @@ def estimate(
     if recomputed is None:
         recomputed = "cheap" if on_cpu and not small else "nothing"
     if halved:
-        sizes["unet"] -= sum(_bytes([layer.weight]) // 2 for layer in halved_layers(unet))
+        sizes["unet"] -= sum(_bytes([layer.weight]) // 2 for _, layer in halved_layers(unet))
     protected = _bytes(protected_weights(unet, settings.protect).values())
     in_place = any(attack.in_place for attack in attacks)
     episodes = settings if isinstance(settings, EpisodesSettings) else None
