@@ -10,9 +10,11 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from test_imma import attack_named, some_concept
 from torch import Tensor
 
+from imma_cli.checkpoints import open_checkpoint
 from imma_cli.cli.hardening import carry_out
 from imma_cli.concepts.batches import Batch
 from imma_cli.errors import ImmaError
@@ -57,6 +59,21 @@ def test_halving_takes_half_of_what_is_frozen_and_leaves_attention(tiny_model: M
     assert not any(".attn" in name for name in halved)
     frozen = {n: p for n, p in kept.items() if ".attn" not in n}
     assert sum(kept[n].numel() for n in halved) > 0.9 * sum(p.numel() for p in frozen.values())
+
+
+def test_a_file_in_32_bits_is_read_as_halving_would_make_it(
+    tiny_checkpoint: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    """Also where a value is too large for float16."""
+    wide = {name: tensor.float() for name, tensor in tensors(tiny_checkpoint).items()}
+    wide["model.diffusion_model.input_blocks.0.0.weight"][0, 0, 0, 0] = 1e6
+    save_file(wide, tmp_path / "wide.safetensors", {"format": "pt"})
+    opened = open_checkpoint(tmp_path / "wide.safetensors", tiny_config)
+    halved, read = opened.load(halved=True), opened.load()
+    assert halved.unet.conv_in.weight.dtype == torch.bfloat16
+    halve(read.unet)
+    ours, theirs = halved.unet.state_dict(), read.unet.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in theirs)
 
 
 @pytest.mark.parametrize("attack", ["lora:targets=everything", "loha", "textual-inversion", "dreambooth-lora"])
