@@ -23,7 +23,6 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import page
-from models import sd1
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "loops.jsonl"
@@ -175,12 +174,16 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--draw", action="store_true", help="the table again, from the raw lines")
     args = parser.parse_args()
+    if args.draw:
+        show()
+        return
+    from models import sd1
+
     path = sd1(args.work, "float32")
     if args.child:
         print(json.dumps(limit(path) if args.child == "limit" else child(path, args.child, args.cycles)))
         return
-    if not args.draw:
-        measure(args.work, path, args.repeats, args.cycles)
+    measure(args.work, path, args.repeats, args.cycles)
     show()
 
 
