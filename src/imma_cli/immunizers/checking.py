@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from imma_cli.attacks.training import NotFiniteError
+from imma_cli.concepts.batches import Latents, encode
 from imma_cli.verification.materials import split
 from imma_cli.verification.trials import run_trial
 
@@ -73,6 +76,13 @@ class QuickCheck:
         self.model, self.retention, self.runtime, self.seed = model, retention, runtime, SEED + seed
         pairs = [(attack, concept) for attack in attacks for concept in concepts]
         self.pairs = random.Random(seed).sample(pairs, PAIRS) if len(pairs) > PAIRS else pairs
+        # encoded now: later, the autoencoder is given back
+        self.latents = {
+            id(image): (mean, std)
+            for concept in concepts
+            for coded in [encode(model, concept.images)]
+            for image, mean, std in zip(concept.images, coded.mean, coded.std, strict=True)
+        }
         measured: tuple[float, float] = (saved["start"], saved["reached"]) if saved else self._attack()
         self.start, self.reached = measured
         self.best = Check(**saved["best"]) if saved and saved["best"] else None
@@ -112,6 +122,10 @@ class QuickCheck:
         losses = [self._trial(attack, concept) for attack, concept in self.pairs]
         return fmean(before for before, _ in losses), fmean(after for _, after in losses)
 
+    def _coded(self, model: Model, concept: Concept) -> Latents:
+        found = [self.latents[id(image)] for image in concept.images]
+        return Latents(torch.stack([mean for mean, _ in found]), torch.stack([std for _, std in found]))
+
     def _trial(self, attack: Attack, concept: Concept) -> tuple[float, float]:
         pictures, judge = split(concept) if len(concept.images) > 2 else (concept, concept)
         try:
@@ -125,6 +139,7 @@ class QuickCheck:
                 seed=self.seed,
                 runtime=self.runtime,
                 points=[0, self.steps],
+                coded=self._coded,
             )
         except NotFiniteError:  # for whoever defends, training that blows up is no reason to stop
             return NOT_LEARNED, NOT_LEARNED
