@@ -52,6 +52,8 @@ from imma_cli.verification.storage import Storage
 from imma_cli.verification.worker import Campaign
 
 CPU = Runtime("cpu", "sdpa", "fp32")
+on_the_demo = pytest.mark.xdist_group("judged on the demo")
+"""What they share takes minutes: in one process it is made once."""
 
 
 class Idle(Attack):
@@ -180,6 +182,7 @@ def judged_on_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Records:
     return judged({"hardened": opened.load, "random": moved, "maximize": destroyed}, lora)
 
 
+@on_the_demo
 def test_the_original_against_itself_shows_no_difference(judged_on_the_demo: Records) -> None:
     summary = summarize(as_hardened(judged_on_the_demo, "hardened"))
     by_attack = {each["attack"]["name"]: each for each in summary["comparisons"]}
@@ -192,6 +195,7 @@ def test_the_original_against_itself_shows_no_difference(judged_on_the_demo: Rec
     assert summary["weight_distances"]["hardened"]["changed_tensors"] == 0
 
 
+@on_the_demo
 def test_a_random_change_of_the_same_length_is_not_called_resistant(judged_on_the_demo: Records) -> None:
     summary = summarize(as_hardened(judged_on_the_demo, "random"))
     assert summary["weight_distances"]["hardened"]["relative_change"] == pytest.approx(0.03, rel=0.1)
@@ -199,12 +203,14 @@ def test_a_random_change_of_the_same_length_is_not_called_resistant(judged_on_th
     assert summary["verdict"]["exit_code"] == 1
 
 
+@on_the_demo
 def test_a_model_with_destroyed_attention_is_called_broken(judged_on_the_demo: Records) -> None:
     summary = summarize(as_hardened(judged_on_the_demo, "maximize"))
     assert summary["verdict"]["verdict"] == "broken"
     assert summary["verdict"]["exit_code"] == 1
 
 
+@on_the_demo
 def test_an_attack_that_does_nothing_counts_for_nothing(judged_on_the_demo: Records) -> None:
     summary = summarize(as_hardened(judged_on_the_demo, "random"))
     (idle,) = (each for each in summary["comparisons"] if each["attack"]["name"] == "idle")
@@ -215,6 +221,7 @@ def test_an_attack_that_does_nothing_counts_for_nothing(judged_on_the_demo: Reco
     assert (alone["verdict"]["verdict"], alone["verdict"]["exit_code"]) == ("no verdict", 2)
 
 
+@on_the_demo
 def test_intervals_are_scipy_s_on_the_raw_lines(judged_on_the_demo: Records) -> None:
     """With one seed only the pictures vary, and the interval is that of scipy.stats.bootstrap."""
     records = as_hardened(judged_on_the_demo, "random")
