@@ -31,7 +31,6 @@ ONCE = ("imma --gradient-checkpointing", "limit")
 """Measured in the first turn only."""
 PUBLISHED = {"seconds": 43.5, "peak_bytes": 15.7e9}
 """The published LoRA defence (github.com/amberyzheng/IMMA, fp32, 512 px, batch 1), measured on a machine of this kind."""
-PIXELS = 512
 
 
 def concept(side: int, count: int = 2) -> Any:

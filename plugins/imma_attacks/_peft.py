@@ -77,9 +77,8 @@ def adapter(network: nn.Module, config: Any, seed: int) -> Iterator[dict[str, nn
                     "Choose another size or other targets.",
                 ) from error
         added = {name: p for name, p in network.named_parameters() if id(p) not in before}
-        for (
-            parameter
-        ) in added.values():  # beside weights that are held in 16 bits PEFT takes 16 too: too few to learn in
+        # beside weights that are held in 16 bits PEFT takes 16 too: too few to learn in
+        for parameter in added.values():
             parameter.data = parameter.data.float()
         yield added
     finally:

@@ -17,6 +17,11 @@ Recompute = Literal["nothing", "cheap", "blocks"]
 """nothing: everything is kept for the way back. cheap: all but convolutions and attention is computed again. blocks: all of it is."""
 
 
+def usual(*, on_cpu: bool, small: bool) -> Recompute:
+    """What is computed again where nobody says: what is cheap, where that is little of a step's time."""
+    return "cheap" if on_cpu and not small else "nothing"
+
+
 def recompute(unet: Any, what: Recompute) -> None:
     """Have diffusers' *unet* compute *what* again. Gradients stay the same, to the last bit on a CPU."""
     if what == "nothing":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imma_cli.errors import ImmaError
 from imma_cli.families.halving import halve
-from imma_cli.families.recomputing import Recompute, recompute
+from imma_cli.families.recomputing import Recompute, recompute, usual
 
 if TYPE_CHECKING:
     from imma_cli.families.model import Model
@@ -63,7 +63,7 @@ class Runtime:
         if self.attention == "xformers":
             model.family.use_xformers(model)
         if recomputed is None:
-            recomputed = "cheap" if self.device == "cpu" and not model.is_small else "nothing"
+            recomputed = usual(on_cpu=self.device == "cpu", small=model.is_small)
         recompute(model.unet, recomputed)
         return model
 

@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from imma_cli.checkpoints.row_map import described_network
 from imma_cli.families.halving import halve, halved_layers
 from imma_cli.families.model import SMALL_MODEL
-from imma_cli.families.recomputing import Recompute, recompute
+from imma_cli.families.recomputing import Recompute, recompute, usual
 from imma_cli.immunizers.imma import ImmunizerSettings
 from imma_cli.immunizers.originals import IN_MEMORY
 from imma_cli.immunizers.scope import Protect, protected_weights
@@ -70,7 +70,7 @@ def estimate(
     unet, everything = networks["unet"], sizes["unet"]
     small = everything < SMALL_MODEL * FLOAT
     if recomputed is None:
-        recomputed = "cheap" if on_cpu and not small else "nothing"
+        recomputed = usual(on_cpu=on_cpu, small=small)
     if halved:
         sizes["unet"] -= sum(_bytes([layer.weight]) // 2 for _, layer in halved_layers(unet))
     protected = _bytes(protected_weights(unet, settings.protect).values())
