@@ -10,17 +10,20 @@ from typing import Any
 import pytest
 import torch
 from test_imma import CPU, attack_named, some_concept
+from test_resume import Biases
 from torch import Tensor
 
 from imma_cli.attacks.attack import Attack
+from imma_cli.attacks.gradients import NotFiniteError
 from imma_cli.attacks.testing import example_concept
-from imma_cli.attacks.training import Attacker, NotFiniteError
+from imma_cli.attacks.training import Attacker
 from imma_cli.concepts.batches import Batch, TrainingSet, conditioning_of, encode
 from imma_cli.errors import ImmaError
 from imma_cli.families.model import Model
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers import checking
 from imma_cli.immunizers.checking import QuickCheck
+from imma_cli.immunizers.defender import Defender, Episode
 from imma_cli.immunizers.episodes import immunize_in_episodes
 from imma_cli.immunizers.imma import Immunized
 from imma_cli.immunizers.objectives import Objective
@@ -90,20 +93,49 @@ def test_predictions_for_other_prompts_are_held(tiny_model: Model, retention: Re
 
 
 def test_hardening_raises_the_attacked_models_loss(tiny_model: Model, retention: Retention) -> None:
-    steps = harden(
-        tiny_model, retention, "lora", steps=120, strength="high", outer_learning_rate=5e-3, margin=100.0, vary=False
-    ).steps
+    settings = {"vary": False, "strength": "high", "outer_learning_rate": 5e-3, "margin": 100.0}
+    steps = harden(tiny_model, retention, "lora", steps=120, **settings).steps
     losses = [step.outer_loss for step in steps]
     assert sum(losses[-15:]) > 1.02 * sum(losses[:15])
 
 
-def test_every_attack_on_every_concept_has_its_turn(tiny_model: Model, retention: Retention) -> None:
+@pytest.mark.parametrize("together", [True, False], ids=["side by side", "one at a time"])
+def test_every_attack_on_every_concept_has_its_turn(tiny_model: Model, retention: Retention, together: bool) -> None:
     concepts = [some_concept("blue style"), some_concept("red style", shade=5)]
     attacks = [attack_named("lora"), attack_named("dreambooth")]
-    settings = replace(SHORT, steps=24, shortest=3, longest=3)
-    steps = immunize_in_episodes(tiny_model, attacks, concepts, settings, CPU, retention).steps
-    assert len({(step.attack, step.concept) for step in steps}) == 4
-    assert [step.cycle for step in steps] == list(range(1, 13))
+    settings = replace(SHORT, steps=24, shortest=3, side_by_side=together)
+    result = immunize_in_episodes(tiny_model, attacks, concepts, settings, CPU, retention)
+    attackers = [(step.attack, step.concept) for step in result.steps]
+    assert len(set(attackers)) == 4
+    assert [step.cycle for step in result.steps] == list(range(1, 13))
+    # one after the other in every cycle, or each until its episode ends
+    assert len(set(attackers[:4])) == (4 if together else 2)
+    assert result.simulated_steps == 3
+
+
+def test_attackers_side_by_side_go_on_where_they_were(
+    tiny_model: Model, retention: Retention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is attached once; and copies of the weights move with them, whoever's turn it is."""
+    episodes: list[Episode] = []
+    step = Defender.step
+
+    def seen(self: Defender, episode: Episode, done: float, beside: Any = ()) -> tuple[float, float]:
+        now = [episode, *beside]
+        episodes.extend(each for each in now if not any(each is other for other in episodes))
+        found = step(self, episode, done, beside)
+        (copies,) = (each.weights for each in now if each.apart)
+        for (name, weight), copied in zip(self.named.items(), copies, strict=True):
+            if not name.endswith(".bias"):  # these the attacker trains
+                torch.testing.assert_close(copied, weight, rtol=0, atol=1e-6)
+        return found
+
+    monkeypatch.setattr(Defender, "step", seen)
+    attacks = [attack_named("lora"), Biases(Biases.Settings())]
+    together = replace(SHORT, side_by_side=True)
+    result = immunize_in_episodes(tiny_model, attacks, [some_concept()], together, CPU, retention)
+    assert len(episodes) == 2
+    assert len(moved(tiny_model, result.weights)) > 1
 
 
 def test_same_seed_same_weights_other_seed_others(tiny_model: Model, retention: Retention) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,32 @@ def test_fit_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> Non
     assert chosen(needs[0] + 1) == fitting.Saving()
     assert chosen(needs[0] - 1) != fitting.Saving()
     assert chosen(min(needs) + 1).low_memory
+
+
+def test_where_saving_is_not_enough_moments_take_8_bits_and_batches_are_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attacks, asked = parse_attacks(["lora"], discover()), ImmunizerSettings(batch_size=64)
+    config, everything = CONFIGS / "demo", fitting.LADDER[-1]
+
+    def need(settings: ImmunizerSettings) -> int:
+        return fitting.expected(config, attacks, settings, CPU, everything).peak
+
+    def chosen(free: float) -> ImmunizerSettings:
+        monkeypatch.setattr(fitting, "free_memory", lambda runtime: free / fitting.SPARE)
+        found = fitting.plan(config, attacks, asked, CPU, everything, fit=True, named=True)[1]
+        assert isinstance(found, ImmunizerSettings)
+        return found
+
+    eight_bit = replace(asked, eight_bit=True)
+    split = replace(asked, batch_size=1, accumulate=64)
+    assert need(asked) > need(eight_bit) > need(split) > need(replace(split, eight_bit=True))
+    assert chosen(need(asked) + 1) == asked
+    assert chosen(need(asked) - 1) == eight_bit
+    assert chosen(need(eight_bit) - 1) == split
+    assert chosen(need(split) - 1) == replace(split, eight_bit=True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # not installed: not chosen
+    assert chosen(need(asked) - 1) == split
 
 
 def test_what_fits_nowhere_is_refused_with_what_it_needs(

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from imma_cli.attacks import Attack
+from imma_cli.attacks.gradients import NotFiniteError
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
 from imma_cli.attacks.testing import example_concept
-from imma_cli.attacks.training import NotFiniteError
 from imma_cli.concepts.batches import TrainingSet, encode
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model

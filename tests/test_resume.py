@@ -59,10 +59,11 @@ class Biases(FullFinetune):
 
 
 CYCLES = 6
-IN_EPISODES = EpisodesSettings(
+ONE_AT_A_TIME = EpisodesSettings(
     steps=2 * CYCLES, inner_steps=1, shortest=2, longest=2, checks=3, outer_batch=1, keep_batch=1
 )
 """Every episode has two cycles, and there is a check after each."""
+SIDE_BY_SIDE = replace(ONE_AT_A_TIME, side_by_side=True)
 
 
 class EveryCycle(FileKeeper):
@@ -125,10 +126,8 @@ def harden(tiny_model: Model, retention: Retention) -> Callable[..., Immunized]:
             drawn.append(float(torch.rand(1)))  # a library may draw from the global generator, which goes on, too
 
         torch.manual_seed(1 if keeper.saved else 0)
-        if method == "episodes":
-            found = immunize_in_episodes(
-                tiny_model, attacks, concepts, IN_EPISODES, CPU, retention, on_step, keeper=keeper
-            )
+        if isinstance(method, EpisodesSettings):
+            found = immunize_in_episodes(tiny_model, attacks, concepts, method, CPU, retention, on_step, keeper=keeper)
         else:
             settings = ImmunizerSettings(method, steps=2 * CYCLES // len(attacks))
             found = immunize(tiny_model, attacks, concepts, settings, CPU, on_step, keeper)
@@ -142,22 +141,26 @@ def harden(tiny_model: Model, retention: Retention) -> Callable[..., Immunized]:
     [
         ("imma", ATTACKS, (3,)),
         ("maximize", ATTACKS, (3,)),
-        ("episodes", ATTACKS, (1, 3, 5)),
-        ("episodes", (Biases,), (5,)),
+        (SIDE_BY_SIDE, ATTACKS, (1, 4)),
+        (SIDE_BY_SIDE, (*ATTACKS, Biases), (5,)),
+        (ONE_AT_A_TIME, ATTACKS, (1, 3, 5)),
+        (ONE_AT_A_TIME, (Biases,), (5,)),
+        (replace(ONE_AT_A_TIME, eight_bit=True, accumulate=2), ("lora:rank=32,targets=everything",), (3,)),
     ],
 )
 def test_a_run_that_goes_on_ends_as_if_it_had_not_been_interrupted(
     harden: Callable[..., Immunized],
     checked: list[float],
     tiny_model: Model,
-    method: str,
+    method: str | EpisodesSettings,
     attacks: Sequence[str | type[Attack]],
     cuts: Sequence[int],
     tmp_path: Path,
 ) -> None:
     """With the same weights, course and checks; and with the same last state, in which both players are whole.
 
-    In episodes, every cut is in the middle of another attack's; else, every attack has a step before the cut and one after.
+    One at a time, every cut is in the middle of another attack's episode; else, every attack has a step before the cut or one
+    after.
     """
     attackers = [attack_named(a) if isinstance(a, str) else a(a.Settings()) for a in attacks]
     before = copy.deepcopy(tiny_model.unet.state_dict())
@@ -176,7 +179,7 @@ def test_a_run_that_goes_on_ends_as_if_it_had_not_been_interrupted(
         assert path.read_bytes() == first.path.read_bytes()
         # neither the original nor what was checked is attacked again
         assert [check.loss for check in whole.checks if check.cycle > cut] == checked
-    assert [check.cycle for check in whole.checks] == ([2, 4, 6] if method == "episodes" else [])
+    assert [check.cycle for check in whole.checks] == ([2, 4, 6] if isinstance(method, EpisodesSettings) else [])
     assert whole.taken is next(iter(whole.checks), None)
     assert all(torch.equal(before[name], weight) for name, weight in tiny_model.unet.state_dict().items())
 

@@ -50,6 +50,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attackers as given, not drawn": {"vary": False},
     "one attack simulated: lora": {"attacks": ("lora",)},
     "five attacks simulated": {"attacks": (*ATTACKS, "dreambooth", "lokr")},
+    "attackers side by side, as given, who never begin anew": {
+        "side_by_side": True,
+        "vary": False,
+        "inner_steps": 1,
+        "margin": 2.0,
+        "attacks": SIMULATED,
+    },
     "short episodes (40 to 100 steps)": {"shortest": 40, "longest": 100},
     "one step of the attacker to each outer step": {"inner_steps": 1, "steps": 1000},
     "four steps of the attacker to each outer step": {"inner_steps": 4, "steps": 2500},

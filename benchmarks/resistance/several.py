@@ -29,9 +29,9 @@ from torch import Tensor
 from trials import Plan, Trials
 
 from imma_cli.attacks.attack import Attack
+from imma_cli.attacks.gradients import NotFiniteError
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
-from imma_cli.attacks.training import NotFiniteError
 from imma_cli.checkpoints import open_checkpoint
 from imma_cli.cli.hardening import retention_for
 from imma_cli.concepts.batches import conditioning_of, encode
@@ -137,12 +137,11 @@ def merged(
                 stack.enter_context(episode_of(model, attack, c, z, steps, settings, defender, rng))
                 for c, z in zip(concepts, latents, strict=True)
             ]
-            batches = [iter(episode.batches) for episode in episodes]
             try:
                 for cycle in range(first, min(first + MERGED_EPISODE, cycles)):
-                    for episode, batch in zip(episodes, batches, strict=True):
+                    for episode in episodes:
                         for _ in range(settings.inner_steps):
-                            episode.attacker_step(next(batch), runtime)
+                            episode.attacker_step(runtime)
                     merge(episodes)
                     of_merged = dict(merge.model.unet.named_parameters())
                     weights = [of_merged[name] for name in defender.named]

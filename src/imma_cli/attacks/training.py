@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from imma_cli.attacks.attack import AttackSettings
+from imma_cli.attacks.gradients import Scaling, mean_gradient
 from imma_cli.errors import ImmaError
+from imma_cli.families.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from imma_cli.attacks.attack import Preset
-
-
-class NotFiniteError(ImmaError):
-    """A loss became NaN or infinite."""
 
 
 @contextmanager
@@ -38,12 +36,19 @@ Group = dict[str, Any]
 
 
 def adamw(
-    parameters: Sequence[nn.Parameter] | Sequence[Group], learning_rate: float, *, maximize: bool = False
-) -> torch.optim.AdamW:
-    """AdamW as the published fine-tuning scripts set it, in one pass over each tensor instead of a dozen."""
-    return torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8, maximize=maximize, fused=True
-    )
+    parameters: Sequence[nn.Parameter] | Sequence[Group], learning_rate: float, *, eight_bit: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW as the published fine-tuning scripts set it, in one pass over each tensor instead of a dozen.
+
+    *eight_bit*: with moments in 8 bits, block by block (arXiv 2110.02861); those of small tensors stay as they are.
+    """
+    settings: dict[str, Any] = {"lr": learning_rate, "betas": (0.9, 0.999), "weight_decay": 1e-2, "eps": 1e-8}
+    if eight_bit:
+        from bitsandbytes.optim import AdamW8bit
+
+        found: torch.optim.Optimizer = AdamW8bit(parameters, **settings)
+        return found
+    return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
 def laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -54,43 +59,35 @@ def laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
     return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
 
 
-def require_finite(loss: Tensor) -> None:
-    """Raises NotFiniteError where *loss* is NaN or infinite."""
-    if not torch.isfinite(loss.detach()):
-        raise NotFiniteError(
-            f"The loss became {float(loss.detach())}.",
-            hint="Nothing was written. Lower the learning rates (--outer-learning-rate, --attack NAME:learning_rate=...).",
-        )
-
-
 def gradient_step(
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[nn.Parameter],
-    loss_of: Callable[[], Tensor],
+    losses: Sequence[Callable[[], Tensor]],
     max_grad_norm: float | None,
+    processes: Processes = ALONE,
+    scaling: Scaling | None = None,
 ) -> float:
-    """One optimizer step on *parameters* alone; gives the loss before the step.
+    """One optimizer step on *parameters* alone, by the mean of *losses*; gives that mean before the step.
 
     Raises:
-        NotFiniteError: the loss is NaN or infinite; nothing was changed.
-        ImmaError: the loss depends on none of the parameters.
+        NotFiniteError: a loss is NaN or infinite; nothing was changed.
+        ImmaError: the losses depend on none of the parameters.
     """
     with trainable(parameters):
-        loss = loss_of()
-        value = float(loss.detach())
-        require_finite(loss)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None]
+        mean, gradients = mean_gradient(losses, parameters, processes, scaling)
         if all(g is None for g in gradients):
             raise ImmaError(
                 "The loss depends on none of the parameters to be trained.",
                 hint="An attack's loss must depend on what it attaches, and for hardening on the model's own weights instead of copies.",
             )
+        if scaling and not scaling.fits(gradients):
+            return float(mean)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else laid_out_as(parameter, gradient)
         if max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()
-    return value
+    return float(mean)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -113,14 +110,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
 
 
 def attacker_optimizer(
-    settings: AttackSettings, parameters: Sequence[Group], learning_rate: float
+    settings: AttackSettings, parameters: Sequence[Group], learning_rate: float, *, eight_bit: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer that *settings* name; what they leave open is as in the published fine-tuning scripts."""
     if settings.optimizer == "radam":
         return torch.optim.RAdam(parameters, lr=learning_rate, weight_decay=1e-2, decoupled_weight_decay=True)
     if settings.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=1e-2)
-    return adamw(parameters, learning_rate)
+    return adamw(parameters, learning_rate, eight_bit=eight_bit)
 
 
 class Attacker:
@@ -133,21 +130,28 @@ class Attacker:
         settings: AttackSettings | None = None,
         steps: int | None = None,
         rate_of: Callable[[str], float] = lambda name: 1.0,
+        processes: Processes = ALONE,
+        scaling: Scaling | None = None,
+        *,
+        eight_bit: bool = False,
     ) -> None:
         if not parameters:
             raise ValueError("the attack attached no parameters")
         settings = settings or AttackSettings()
         if steps is None and (settings.schedule != "constant" or settings.warmup):
             raise ValueError("a rate that changes needs to know the number of steps")
-        self.parameters = list(parameters.values())
+        self.parameters, self.processes, self.scaling = list(parameters.values()), processes, scaling
+        processes.make_same(self.parameters)
         self.max_grad_norm = rates.max_grad_norm
-        self.optimizer = attacker_optimizer(settings, _groups(parameters, rates, rate_of), rates.learning_rate)
+        groups = _groups(parameters, rates, rate_of)
+        self.optimizer = attacker_optimizer(settings, groups, rates.learning_rate, eight_bit=eight_bit)
         self.schedule = _schedule(settings, self.optimizer, steps or 0)
 
-    def step(self, loss_of: Callable[[], Tensor]) -> float:
-        """One step down on the attack's loss."""
-        loss = gradient_step(self.optimizer, self.parameters, loss_of, self.max_grad_norm)
-        self.schedule.step()
+    def step(self, *losses: Callable[[], Tensor]) -> float:
+        """One step down on the attack's loss, or on the mean of several, which the processes share."""
+        loss = gradient_step(self.optimizer, self.parameters, losses, self.max_grad_norm, self.processes, self.scaling)
+        if not (self.scaling and self.scaling.left_out):
+            self.schedule.step()
         return loss
 
     def state(self) -> dict[str, Any]:
@@ -156,6 +160,7 @@ class Attacker:
             "parameters": list(self.parameters),
             "optimizer": optimizer_state(self.optimizer),
             "steps": self.schedule.last_epoch,
+            "scaling": self.scaling.state() if self.scaling else None,
         }
 
     @torch.no_grad()
@@ -164,6 +169,8 @@ class Attacker:
             parameter.copy_(value)
         restore_optimizer(self.optimizer, saved["optimizer"])
         self.schedule.last_epoch = saved["steps"]
+        if self.scaling:
+            self.scaling.restore(saved["scaling"])
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], rates: Preset, rate_of: Callable[[str], float]) -> list[Group]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,13 +67,20 @@ def _left_to_container() -> int:
 
 
 def expected(
-    config: Path, attacks: Sequence[Attack], settings: HardeningSettings, runtime: Runtime, saving: Saving
+    config: Path,
+    attacks: Sequence[Attack],
+    settings: HardeningSettings,
+    runtime: Runtime,
+    saving: Saving,
+    concepts: int = 1,
 ) -> Estimate:
-    """What hardening is going to need, of the device's memory."""
+    """What hardening against so many *concepts* is going to need, of the device's memory."""
     from imma_cli.immunizers.estimate import estimate
 
     on_cpu, again = runtime.device == "cpu", saving.recomputed
-    return estimate(config, attacks, settings, halved=saving.low_memory, recomputed=again, on_cpu=on_cpu)
+    return estimate(
+        config, attacks, settings, halved=saving.low_memory, recomputed=again, on_cpu=on_cpu, concepts=concepts
+    )
 
 
 def plan(
@@ -86,8 +92,12 @@ def plan(
     *,
     fit: bool,
     named: bool,
-) -> tuple[Saving, Estimate]:
-    """What is done to save memory, and the estimate. With *fit*, the fastest that holds what was *asked* and fits what is free.
+    concepts: int = 1,
+) -> tuple[Saving, HardeningSettings, Estimate]:
+    """What is done to save memory, the settings with it, and the estimate.
+
+    With *fit*, the fastest that holds what was *asked* and fits what is free: then AdamW's moments are held in 8 bits too,
+    and a batch becomes several smaller ones, where nothing else helps.
 
     *named*: the user named the attacks, so none is left out for it.
 
@@ -95,21 +105,32 @@ def plan(
         ImmaError: nothing fits.
     """
     if not fit:
-        return asked, expected(config, attacks, settings, runtime, asked)
+        return asked, settings, expected(config, attacks, settings, runtime, asked, concepts)
     free = free_memory(runtime)
-    for saving in LADDER:
+    for saving, tried_settings in ((saving, each) for each in _smaller(settings) for saving in LADDER):
         if asked.low_memory > saving.low_memory or asked.gradient_checkpointing > saving.gradient_checkpointing:
             continue
         tried = [a for a in attacks if not a.in_place] if saving.low_memory else attacks
         if saving.low_memory and ((named and len(tried) < len(attacks)) or settings.protect == "unet"):
             continue
-        found = expected(config, tried, settings, runtime, saving)
+        found = expected(config, tried, tried_settings, runtime, saving, concepts)
         if found.peak <= SPARE * free:
-            return saving, found
+            return saving, tried_settings, found
     raise ImmaError(
         f"No settings fit: {free / 1e9:.1f} GB are free on {runtime.device}, and the smallest need {found.peak / 1e9:.1f} GB.",
         hint="Free memory, simulate fewer attacks (--attack lora alone), or take a larger device.",
     )
+
+
+def _smaller(settings: HardeningSettings) -> Iterator[HardeningSettings]:
+    """*settings*, and what needs less memory with (nearly) the same result."""
+    from importlib.util import find_spec
+
+    smaller = replace(settings, batch_size=1, accumulate=settings.accumulate * settings.batch_size)
+    for each in [settings] if settings.batch_size == 1 else [settings, smaller]:
+        yield each
+        if not each.eight_bit and find_spec("bitsandbytes"):
+            yield replace(each, eight_bit=True)
 
 
 def out_of_memory(error: BaseException) -> ImmaError | None:
@@ -129,8 +150,11 @@ def out_of_memory(error: BaseException) -> ImmaError | None:
     )
 
 
-def say(found: Estimate, saving: Saving, runtime: Runtime, *, chosen: bool) -> None:
-    how = f" with {shlex.join(saving.options.split())}" if saving.options and chosen else ""
+def say(found: Estimate, saving: Saving, settings: HardeningSettings, runtime: Runtime, *, chosen: bool) -> None:
+    options = saving.options + " --8bit" * settings.eight_bit
+    if settings.accumulate > 1:
+        options += f" --batch-size {settings.batch_size} --accumulate {settings.accumulate}"
+    how = f" with {options.strip()}" if options and chosen else ""
     err.print(
         f"About {found.peak / 1e9:.1f} GB at most{how}, estimated; {free_memory(runtime) / 1e9:.1f} GB are free.",
         markup=False,

@@ -49,7 +49,9 @@ def harden(
     ] = None,
     preset: Annotated[
         Literal["quick", "standard"],
-        typer.Option(help="With episodes: quick makes a third of the steps, for a first look."),
+        typer.Option(
+            help="With episodes: quick makes a quarter of the steps and does not check itself, for a first look."
+        ),
     ] = "standard",
     strength: Annotated[
         Literal["low", "medium", "high"],
@@ -76,7 +78,14 @@ def harden(
     outer_learning_rate: Annotated[
         float | None, typer.Option(help="Rate of the immunizing steps. Default: by size, or the attack's preset's.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in a step.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in a batch.")] = 1,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Batches whose gradients make one step. Default: 1; under accelerate launch one for each process, which share them.",
+        ),
+    ] = None,
     draw: Annotated[
         int, typer.Option(min=1, max=1000, help="How many pictures the model draws without --images.")
     ] = 20,
@@ -86,7 +95,7 @@ def harden(
         Literal["auto", "xformers", "sdpa"], typer.Option(help="Attention kernel; auto takes xformers on a GPU.")
     ] = "auto",
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"], typer.Option(help="Precision of the losses; weights stay in fp32.")
+        Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Precision of the losses; weights stay in fp32.")
     ] = "auto",
     low_memory: Annotated[
         bool,
@@ -94,6 +103,9 @@ def harden(
             "--low-memory",
             help="Hold weights that nobody trains in 16 bits, and compute what is cheap twice. Without attacks that train all weights.",
         ),
+    ] = False,
+    eight_bit: Annotated[
+        bool, typer.Option("--8bit", help="Hold AdamW's moments in 8 bits (pip install 'imma-cli\\[8bit]').")
     ] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for more time: compute every block twice.")
@@ -122,8 +134,18 @@ def harden(
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Immunize a checkpoint against fine-tuning on a concept, and write it in the layout it came in."""
+    from imma_cli.families.processes import joined, launched
+
+    rank, several = launched()
+    if rank and (dry_run or method == "none"):  # one process does it
+        return
+    quiet = json or rank > 0
     refusals = Refusals("The checkpoint cannot be hardened like this.")
     target = output or beside(checkpoint)
+    if (accumulate or several) % several:
+        refusals.add(
+            f"--accumulate {accumulate} cannot be shared by {several} processes: give a multiple of {several}."
+        )
     attacks, concepts, opened = inputs(
         refusals, checkpoint, config, attack or [], concept, images, default=method == "episodes"
     )
@@ -139,6 +161,8 @@ def harden(
                 "--steps": steps is not None,
                 "--outer-learning-rate": outer_learning_rate is not None,
                 "--batch-size": batch_size != 1,
+                "--accumulate": accumulate is not None,
+                "--8bit": eight_bit,
                 "--protect": protect != "attention",
                 "--profile": profile is not None,
             },
@@ -154,6 +178,8 @@ def harden(
     from imma_cli.families.model import SMALL_MODEL
     from imma_cli.families.runtime import choose_runtime
 
+    if eight_bit:
+        hardening.check_eight_bit(refusals)
     if low_memory:
         hardening.check_low_memory(refusals, attacks if attack else (), protect)
     runtime = refusals.check(choose_runtime, device, attention, precision)
@@ -165,29 +191,31 @@ def harden(
     from imma_cli.immunizers.erasing import settings_for as erasing_settings_for
 
     for notice in opened.notices:
-        if not json:
+        if not quiet:
             err.print(f"[yellow]Note:[/] {escape(notice)}")
-    settings = hardening.settings_for(method, protect, strength, steps, outer_learning_rate, batch_size, seed)
+    settings = hardening.settings_for(
+        method, protect, strength, steps, outer_learning_rate, batch_size, seed, accumulate or several, eight_bit
+    )
     saving, expected = fitting.Saving(low_memory, gradient_checkpointing), None
     large = opened.parts["unet"].parameters >= SMALL_MODEL
     if not attack and (low_memory or large):
-        attacks = hardening.without_copies(attacks, quiet=json)
+        attacks = hardening.without_copies(attacks, quiet=quiet)
     if settings and (fit or large or dry_run):
-        with waiting("Estimating memory", quiet=json):
-            saving, expected = fitting.plan(
-                opened.config, attacks, settings, runtime, saving, fit=fit, named=bool(attack)
+        with waiting("Estimating memory", quiet=quiet):
+            saving, settings, expected = fitting.plan(
+                opened.config, attacks, settings, runtime, saving, fit=fit, named=bool(attack), concepts=len(concept)
             )
-        if not json:
-            fitting.say(expected, saving, runtime, chosen=fit)
+        if not quiet:
+            fitting.say(expected, saving, settings, runtime, chosen=fit)
         if saving.low_memory and not low_memory:
-            attacks = hardening.without_copies(attacks, quiet=json)
+            attacks = hardening.without_copies(attacks, quiet=quiet)
     runtime = replace(runtime, halved=saving.low_memory)
-    if not json:
+    if not quiet:
         err.print(f"On {runtime}", markup=False)
-    with waiting("Reading the checkpoint", quiet=json):
+    with waiting("Reading the checkpoint", quiet=quiet):
         model = runtime.apply(opened.load(halved=runtime.halved), recomputed=saving.recomputed)
     if preset == "quick" and settings:
-        settings = replace(settings, steps=hardening.quick_steps(model))
+        settings = hardening.quickened(settings, model)
     settings = hardening.checked(settings, model, len(attacks) * len(concept))
     erasing_settings = erasing_settings_for(model, erase, seed) if erase else None
     draws = draw if settings and not images else 0
@@ -197,7 +225,7 @@ def harden(
 
         drawing_seconds = 0.0
         if draws:
-            concepts, seconds = hardening.draw_all(model, concept, 2, seed, quiet=json)
+            concepts, seconds = hardening.draw_all(model, concept, 2, seed, quiet=quiet)
             drawing_seconds = seconds / 2 * draws
         say_plan(
             model,
@@ -219,22 +247,25 @@ def harden(
             opened, attacks, concepts, settings, runtime, model, keep or (), seed, erasing_settings, simulated_steps
         )
 
-    with waiting("Hashing the checkpoint", quiet=json):
+    with waiting("Hashing the checkpoint", quiet=quiet):
         asked = resuming.command_of(record(), opened.config, drawn=draws)
     if saved:
         resuming.require_same(saved, asked)
-    with resuming.keeping(target, asked, save_every, saved, resume=resume, quiet=json) as keeper:
+    processes = joined(runtime.device)
+    with resuming.keeping(target, asked, save_every, saved, processes, resume=resume, quiet=quiet) as keeper:
         if draws:
-            concepts = hardening.drawn(model, concept, draws, seed, keeper, quiet=json)
+            concepts = hardening.drawn(model, concept, draws, seed, keeper, quiet=quiet)
         erased = None
         if erasing_settings:
-            erased = erasing.carry_out(model, concept, erasing_settings, runtime, keep or (), keeper, quiet=json)
-        with profiling.recording(profile, quiet=json) as after_cycle:
+            erased = erasing.carry_out(model, concept, erasing_settings, runtime, keep or (), keeper, quiet=quiet)
+        with profiling.recording(profile, quiet=quiet) as after_cycle:
             result = hardening.carry_out(
-                model, attacks, concepts, settings, runtime, keep or (), keeper, after_cycle, quiet=json
+                model, attacks, concepts, settings, runtime, keep or (), keeper, after_cycle, processes, quiet=quiet
             )
+    if not processes.first:
+        return
     changes = hardened.Changes.of(model, erased, result)
-    with waiting("Writing", quiet=json):
+    with waiting("Writing", quiet=quiet):
         provenance = record(result.simulated_steps)
         written = opened.write(target, changes.by_part(), provenance, force=force)
         keeper.remove()

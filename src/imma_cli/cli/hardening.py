@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from imma_cli.cli.console import Refusals
     from imma_cli.concepts.concept import Concept
     from imma_cli.families.model import Model
+    from imma_cli.families.processes import Processes
     from imma_cli.families.runtime import Runtime
     from imma_cli.immunizers.imma import Immunized, ImmunizerSettings, Step
     from imma_cli.immunizers.keeper import Keeper
@@ -26,11 +28,15 @@ if TYPE_CHECKING:
 FEWEST_KEPT = 8
 
 
-def quick_steps(model: Model) -> int:
-    """Enough to see that hardening works, too few to harden as far as it goes."""
-    from imma_cli.immunizers.settings import defaults_for
+def quickened(settings: HardeningSettings, model: Model) -> HardeningSettings:
+    """*settings* for a first look: enough steps to see that hardening works, too few to harden as far as it goes.
 
-    return defaults_for(model).steps // 3
+    Without the short attacks along the way, which would take longer than the steps do.
+    """
+    from imma_cli.immunizers.settings import EpisodesSettings, defaults_for
+
+    assert isinstance(settings, EpisodesSettings)
+    return replace(settings, steps=defaults_for(model).steps // 4, checks=0)
 
 
 def settings_for(
@@ -41,16 +47,18 @@ def settings_for(
     outer_learning_rate: float | None,
     batch_size: int,
     seed: int,
+    accumulate: int = 1,
+    eight_bit: bool = False,
 ) -> HardeningSettings | None:
     """None where nothing is to be hardened."""
     from imma_cli.immunizers.imma import ImmunizerSettings
     from imma_cli.immunizers.settings import EpisodesSettings
 
     if method == "episodes":
-        return EpisodesSettings(protect, strength, steps, outer_learning_rate, batch_size, seed)
+        return EpisodesSettings(protect, strength, steps, outer_learning_rate, batch_size, seed, accumulate, eight_bit)
     if method == "none":
         return None
-    return ImmunizerSettings(method, protect, steps, outer_learning_rate, batch_size, seed)
+    return ImmunizerSettings(method, protect, steps, outer_learning_rate, batch_size, seed, accumulate, eight_bit)
 
 
 def without_copies(attacks: Sequence[Attack], *, quiet: bool) -> list[Attack]:
@@ -59,6 +67,14 @@ def without_copies(attacks: Sequence[Attack], *, quiet: bool) -> list[Attack]:
     if costly and not quiet:
         err.print(f"Left out, as it takes a second copy of all weights: {', '.join(costly)} (--attack simulates it).")
     return [attack for attack in attacks if not attack.in_place]
+
+
+def check_eight_bit(refusals: Refusals) -> None:
+    """Moments in 8 bits need a package of their own."""
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        refusals.add("--8bit needs bitsandbytes.", "pip install 'imma-cli[8bit]'")
 
 
 def check_low_memory(refusals: Refusals, attacks: Sequence[Attack] | None, protect: Protect) -> None:
@@ -134,6 +150,7 @@ def carry_out(
     keep: Sequence[str],
     keeper: Keeper,
     after_cycle: Callable[[], None] = lambda: None,
+    processes: Processes | None = None,
     *,
     quiet: bool,
 ) -> Immunized:
@@ -141,6 +158,7 @@ def carry_out(
 
     Of *model*, only the UNet can be relied on afterwards: the memory of what is not needed any more is given back.
     """
+    from imma_cli.families.processes import ALONE
     from imma_cli.immunizers.episodes import immunize_in_episodes
     from imma_cli.immunizers.imma import Immunized, immunize
     from imma_cli.immunizers.retention import retained
@@ -155,11 +173,12 @@ def carry_out(
 
     if settings is None:
         return Immunized({})
+    processes = processes or ALONE
     needed = {part for attack in attacks for part in attack.computes_with}
     cycles = cycles_of(model, attacks, concepts, settings)
     if not isinstance(settings, EpisodesSettings):
         with course("Hardening", cycles, quiet=quiet) as advance:
-            return immunize(model, attacks, concepts, settings, runtime, show, keeper, release)
+            return immunize(model, attacks, concepts, settings, runtime, show, keeper, release, processes)
     retention = keeper.once(
         "retention",
         lambda: retention_for(model, concepts, settings, runtime, keep, quiet=quiet),
@@ -169,7 +188,16 @@ def carry_out(
     needed.add("text_encoder")  # every attacker writes captions of its own
     with course("Hardening", cycles, quiet=quiet) as advance:
         return immunize_in_episodes(
-            model, attacks, concepts, settings, runtime, retention, show, keeper=keeper, on_encoded=release
+            model,
+            attacks,
+            concepts,
+            settings,
+            runtime,
+            retention,
+            show,
+            keeper=keeper,
+            on_encoded=release,
+            processes=processes,
         )
 
 

@@ -15,6 +15,7 @@ from imma_cli.cli.console import err
 from imma_cli.errors import ImmaError
 
 if TYPE_CHECKING:
+    from imma_cli.families.processes import Processes
     from imma_cli.immunizers.keeper import FileKeeper
     from imma_cli.immunizers.state import SavedState
 
@@ -70,15 +71,28 @@ def require_same(saved: SavedState, command: Mapping[str, Any]) -> None:
 
 @contextmanager
 def keeping(
-    output: Path, command: Mapping[str, Any], minutes: float, saved: SavedState | None, *, resume: bool, quiet: bool
+    output: Path,
+    command: Mapping[str, Any],
+    minutes: float,
+    saved: SavedState | None,
+    processes: Processes,
+    *,
+    resume: bool,
+    quiet: bool,
 ) -> Iterator[FileKeeper]:
-    """Inside, the run's state is saved every so many *minutes* (0: never), and at the first Ctrl-C before it ends the run."""
+    """Inside, the run's state is saved every so many *minutes* (0: never), and at the first Ctrl-C before it ends the run.
+
+    Of several *processes* one saves; all go on from what it saved.
+    """
     from imma_cli.immunizers.keeper import FileKeeper
 
     def told(error: ImmaError | None) -> None:
         if error:
             err.print(f"[yellow]The state could not be saved:[/] {escape('; '.join(error.reasons) or error.what)}")
 
+    if not processes.first:
+        yield FileKeeper(state_path(output), command, float("inf"), saved)
+        return
     keeper = FileKeeper(state_path(output), command, 60 * minutes if minutes else float("inf"), saved, told)
     if not quiet:
         _say(keeper, resume)

@@ -18,20 +18,25 @@ ATTENTION = re.compile(r"\.attn[12]\.")
 """In every UNet of diffusers; what hardening changes is there."""
 
 
+def _widened(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as the layer computes with them. In mixed precision that is 16 bits, which autocast sees to itself."""
+    if torch.is_autocast_enabled(inputs.device.type):
+        return layer.weight, layer.bias
+    return layer.weight.to(inputs.dtype), None if layer.bias is None else layer.bias.to(inputs.dtype)
+
+
 class HalvedLinear(nn.Linear):
     """A linear layer that widens its weight for as long as it computes."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(inputs.dtype)
-        return F.linear(inputs, self.weight.to(inputs.dtype), bias)
+        return F.linear(inputs, *_widened(self, inputs))
 
 
 class HalvedConv2d(nn.Conv2d):
     """A convolution that widens its weight for as long as it computes."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(inputs.dtype)
-        return cast(Tensor, self._conv_forward(inputs, self.weight.to(inputs.dtype), bias))
+        return cast(Tensor, self._conv_forward(inputs, *_widened(self, inputs)))
 
 
 HALVED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: HalvedLinear, nn.Conv2d: HalvedConv2d}

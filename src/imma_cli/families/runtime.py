@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from imma_cli.families.model import Model
 
 Attention = Literal["auto", "xformers", "sdpa"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Runtime:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The mixed precision that losses are computed in; weights and optimizer states stay float32."""
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16")
+        mixed = MIXED.get(self.precision)
+        return torch.autocast(torch.device(self.device).type, mixed or torch.bfloat16, enabled=mixed is not None)
 
     def forward(self, loss_of: Callable[[], Tensor]) -> Tensor:
         """The loss in mixed precision. Autocast is left at once: its copies of weights would outlive an optimizer's step."""
@@ -117,8 +119,9 @@ def choose_runtime(
         attention = "sdpa" if faults else "xformers"
         because = f"no xformers: {'; '.join(faults)}" if faults else "xformers passed a probe of both its directions"
     if precision == "auto":
-        # bfloat16 is many times slower than float32 on processors without instructions for it
-        precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        # on processors, bfloat16 is many times slower than float32 without instructions for it
+        native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp16" if kind == "cuda" else "fp32"
     return Runtime(device, attention, precision, because, halved)
 
 

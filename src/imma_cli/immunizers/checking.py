@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from imma_cli.attacks.training import NotFiniteError
+from imma_cli.attacks.gradients import NotFiniteError
 from imma_cli.concepts.batches import Latents, encode
 from imma_cli.verification.materials import split
 from imma_cli.verification.trials import run_trial

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from imma_cli.attacks.gradients import scaling_for
 from imma_cli.attacks.training import adamw, gradient_step
 from imma_cli.concepts.batches import conditioning_of, encode
 from imma_cli.concepts.drawing import drawing_seeds
@@ -58,6 +59,7 @@ def esd(
     parameters = list(learned.values())
     optimizer = adamw(parameters, settings.learning_rate)
     optimizer.param_groups[0]["weight_decay"] = 0.0  # it would pull everybody's weights towards zero
+    scaling = scaling_for(runtime.precision)
     generator = torch.Generator().manual_seed(settings.seed)
     predict, levels = model.family.predict, model.family.training_timesteps(model)
     for done in range(1, steps + 1):
@@ -69,7 +71,7 @@ def esd(
             neutral = predict(model, latents[rows], unnamed[rows], noise, timesteps).float()
         target = neutral - settings.guidance * (concept - neutral)
         loss = _distance(learner, latents[rows], named[rows], noise, timesteps, target, runtime)
-        on_step(len(prompts) + done, "Erasing", gradient_step(optimizer, parameters, loss, None))
+        on_step(len(prompts) + done, "Erasing", gradient_step(optimizer, parameters, [loss], None, scaling=scaling))
     return {name: weight.detach().clone() for name, weight in learned.items()}
 
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 FLOAT = 4
 MOMENTS = 2
 """Numbers that AdamW keeps for each one that it trains."""
+EIGHT_BIT = 0.254
+"""How much of them is left in 8 bits, with one scale for every 256."""
 TOKENS = 77
 
 
@@ -63,8 +65,10 @@ def estimate(
     halved: bool,
     recomputed: Recompute | None,
     on_cpu: bool,
+    concepts: int = 1,
 ) -> Estimate:
-    """The estimate for the model that the folder *config* describes. *recomputed* as `Runtime.apply` takes it."""
+    """The estimate for the model that the folder *config* describes, with that many *concepts*. *recomputed* as
+    `Runtime.apply` takes it."""
     networks = {part: described_network(part, config) for part in ("unet", "vae", "text_encoder")}
     sizes = {part: _bytes(network.parameters()) for part, network in networks.items()}
     unet, everything = networks["unet"], sizes["unet"]
@@ -74,21 +78,26 @@ def estimate(
     if halved:
         sizes["unet"] -= sum(_bytes([layer.weight]) // 2 for _, layer in halved_layers(unet))
     protected = _bytes(protected_weights(unet, settings.protect).values())
-    in_place = any(attack.in_place for attack in attacks)
     episodes = settings if isinstance(settings, EpisodesSettings) else None
+    in_place = sum(attack.in_place for attack in attacks) * concepts
+    if episodes and not episodes.side_by_side:
+        in_place = min(in_place, 1)
     at_hand = {part for attack in attacks for part in attack.computes_with} | ({"text_encoder"} if episodes else set())
-    lasting = sizes["unet"] + sum(sizes[part] for part in at_hand) + MOMENTS * protected
+    moments = MOMENTS * (EIGHT_BIT if settings.eight_bit else 1)
+    lasting = sizes["unet"] + sum(sizes[part] for part in at_hand) + int(moments * protected)
     lasting += protected if protected <= IN_MEMORY else 0
-    if in_place:  # weights of its own, what they were like, and the moments
-        lasting += (2 + MOMENTS) * everything
+    # each that is there at the same time has weights of its own, what they were like, and the moments
+    lasting += int(in_place * (2 + moments) * everything)
     shadow = _shadow_of(config, settings.protect, halved, recomputed)
-    passing = shadow.passing(settings.batch_size, everything=in_place)
+    passing = shadow.passing(settings.batch_size, everything=in_place > 0)
     if episodes:
         lasting += protected if episodes.objective != "absolute" else 0
         passing = max(passing, shadow.passing(episodes.outer_batch))
         if episodes.keep_batch:  # while the gradient of the harmful loss waits, and what has come together so far
             together = 2 * (episodes.keep_batch if small else 1)
             passing = max(passing, (1 if small else 2) * protected + shadow.passing(together))
+    if settings.accumulate > 1:  # the gradients so far wait while the next ones come
+        passing += everything if in_place else protected
     side = unet.config.sample_size << (len(networks["vae"].config.block_out_channels) - 1)
     loading = sum(sizes.values()) + _encoding(config, side)
     return Estimate(loading=loading, lasting=lasting, passing=passing)

@@ -11,16 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from imma_cli.attacks.attack import Attack
+from imma_cli.attacks.gradients import Scaling, scaling_for
 from imma_cli.attacks.training import Attacker, adamw, gradient_step, optimizer_state, restore_optimizer
-from imma_cli.concepts.batches import Latents, TrainingSet, encode
+from imma_cli.concepts.batches import Batch, Latents, TrainingSet, encode
 from imma_cli.concepts.concept import Concept
 from imma_cli.families.model import Model
+from imma_cli.families.processes import ALONE, Processes
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.checking import Check
 from imma_cli.immunizers.keeper import Keeper
@@ -43,6 +46,10 @@ class ImmunizerSettings:
     outer_learning_rate: float | None = None
     batch_size: int = 1
     seed: int = 0
+    accumulate: int = 1
+    """Batches whose gradients make one step."""
+    eight_bit: bool = False
+    """Whether AdamW's moments are held in 8 bits, both players'."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +109,19 @@ class Turn:
     outer_learning_rate: float
     cycles: int
     runtime: Runtime
+    accumulate: int
 
-    def loss(self) -> Tensor:
-        return self.runtime.forward(lambda: self.attack.loss(self.model, next(self.batches)))
+    def losses(self) -> list[Callable[[], Tensor]]:
+        """The attacker's on the next batches."""
+        return self._on_next(self.attack.loss)
 
-    def concept_loss(self) -> Tensor:
-        return self.runtime.forward(lambda: self.attack.concept_loss(self.model, next(self.batches)))
+    def concept_losses(self) -> list[Callable[[], Tensor]]:
+        """The defender's on the next batches."""
+        return self._on_next(self.attack.concept_loss)
+
+    def _on_next(self, loss: Callable[[Model, Batch], Tensor]) -> list[Callable[[], Tensor]]:
+        batches = [next(self.batches) for _ in range(self.accumulate)]
+        return [partial(self.runtime.forward, partial(loss, self.model, batch)) for batch in batches]
 
     def state(self) -> State:
         """What has changed since the attacker was attached."""
@@ -127,11 +141,13 @@ def immunize(
     on_step: Callable[[Step], None] = lambda step: None,
     keeper: Keeper | None = None,
     on_encoded: Callable[[], None] = lambda: None,
+    processes: Processes = ALONE,
 ) -> Immunized:
     """Immunize *model* against every attack on every concept; they take turns. *model* itself stays as it was.
 
     *keeper* may hold the state of a run that was interrupted: it is continued, to the same weights. *on_encoded* is called
     when all pictures and captions are encoded: from then on, only what attacks themselves compute with is needed.
+    *processes* share the batches of every step; all of them end with the same weights.
 
     Raises:
         NotFiniteError: a loss became NaN or infinite.
@@ -141,57 +157,87 @@ def immunize(
     protected = protected_weights(model.unet, settings.protect)
     result = Immunized({})
     with put_back(list(protected.values())), ExitStack() as stack:
-        turns = _attach_all(stack, model, attacks, concepts, settings, protected, runtime)
+        processes.make_same(protected.values())
+        turns = _attach_all(stack, model, attacks, concepts, settings, protected, runtime, processes)
         on_encoded()
-        outer = adamw(list(protected.values()), turns[0].outer_learning_rate, maximize=True)
+        rate, scaling = turns[0].outer_learning_rate, scaling_for(runtime.precision)
+        outer = Outer(list(protected.values()), rate, processes, scaling, eight_bit=settings.eight_bit)
         if saved := keeper.begin():
             result.restore(saved["result"], model.device)
             _restore(saved.pop("players"), protected, outer, turns)
-        for step in _alternate(turns, outer, list(protected.values()), settings, done=len(result.steps)):
+        for step in _alternate(turns, outer, settings, done=len(result.steps)):
             result.steps.append(step)
             on_step(step)
             keeper.offer(lambda: {"result": result.state(), "players": _state(protected, outer, turns)})
-        result.unreached = tuple(name for name, weight in protected.items() if weight not in outer.state)
+        result.unreached = tuple(name for name, weight in protected.items() if weight not in outer.optimizer.state)
         # an attack that trains in place puts the old weights back when it is detached: take the new ones first
         result.weights = {name: weight.detach().clone() for name, weight in protected.items()}
     return result
 
 
-def _alternate(
-    turns: Sequence[Turn],
-    outer: torch.optim.Optimizer,
-    protected: Sequence[nn.Parameter],
-    settings: ImmunizerSettings,
-    done: int,
-) -> Iterator[Step]:
+class Outer:
+    """The defender's side: S_u and its optimizer."""
+
+    def __init__(
+        self,
+        weights: Sequence[nn.Parameter],
+        learning_rate: float,
+        processes: Processes,
+        scaling: Scaling | None,
+        *,
+        eight_bit: bool,
+    ) -> None:
+        self.weights, self.processes, self.scaling = weights, processes, scaling
+        self.optimizer = adamw(weights, learning_rate, eight_bit=eight_bit)
+
+    def step(self, turn: Turn) -> float:
+        """One step up on the loss of the concept, at the rate of the attack whose turn it is."""
+        self.optimizer.param_groups[0]["lr"] = turn.outer_learning_rate
+        # up is down on the negative: not every optimizer can be told to maximize
+        losses = [partial(_negative, loss) for loss in turn.concept_losses()]
+        norm = turn.attacker.max_grad_norm
+        return -gradient_step(self.optimizer, self.weights, losses, norm, self.processes, self.scaling)
+
+    def state(self) -> State:
+        scaling = self.scaling.state() if self.scaling else None
+        return {"optimizer": optimizer_state(self.optimizer), "scaling": scaling}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        restore_optimizer(self.optimizer, saved["optimizer"])
+        if self.scaling:
+            self.scaling.restore(saved["scaling"])
+
+
+def _negative(loss_of: Callable[[], Tensor]) -> Tensor:
+    return -loss_of()
+
+
+def _alternate(turns: Sequence[Turn], outer: Outer, settings: ImmunizerSettings, done: int) -> Iterator[Step]:
     """The loop itself. Which step is whose follows from the cycle alone, never from the length of an epoch."""
     cycles = sum(turn.cycles for turn in turns)
     order = [turn for cycle in range(max(t.cycles for t in turns)) for turn in turns if cycle < turn.cycles]
     for cycle, turn in enumerate(order[done:], done):
-        inner_loss = turn.attacker.step(turn.loss) if settings.method == "imma" else None
-        outer.param_groups[0]["lr"] = turn.outer_learning_rate
-        outer_loss = gradient_step(outer, protected, turn.concept_loss, turn.attacker.max_grad_norm)
+        inner_loss = turn.attacker.step(*turn.losses()) if settings.method == "imma" else None
+        outer_loss = outer.step(turn)
         yield Step(cycle + 1, cycles, turn.attack.name, turn.concept.name, inner_loss, outer_loss)
 
 
-def _state(protected: Mapping[str, nn.Parameter], outer: torch.optim.Optimizer, turns: Sequence[Turn]) -> State:
+def _state(protected: Mapping[str, nn.Parameter], outer: Outer, turns: Sequence[Turn]) -> State:
     """Both players between two cycles."""
     return {
         "weights": dict(protected),
-        "outer": optimizer_state(outer),
+        "outer": outer.state(),
         "turns": [turn.state() for turn in turns],
         "random": random_state(turns[0].model.device),
     }
 
 
 @torch.no_grad()
-def _restore(
-    saved: State, protected: Mapping[str, nn.Parameter], outer: torch.optim.Optimizer, turns: Sequence[Turn]
-) -> None:
+def _restore(saved: State, protected: Mapping[str, nn.Parameter], outer: Outer, turns: Sequence[Turn]) -> None:
     """The attackers were attached to the weights as they were at the beginning, as the interrupted run's were."""
     for name, weight in protected.items():
         weight.copy_(saved["weights"][name])
-    restore_optimizer(outer, saved["outer"])
+    outer.restore(saved["outer"])
     for turn, its in zip(turns, saved["turns"], strict=True):
         turn.restore(its)
     restore_random_state(saved["random"], turns[0].model.device)
@@ -205,6 +251,7 @@ def _attach_all(
     settings: ImmunizerSettings,
     protected: dict[str, nn.Parameter],
     runtime: Runtime,
+    processes: Processes,
 ) -> list[Turn]:
     kept = {id(weight) for weight in protected.values()}
     turns: list[Turn] = []
@@ -227,11 +274,21 @@ def _attach_all(
                     attack,
                     chosen,
                     shared,
-                    Attacker(parameters, rates, attack.settings, cycles, attack.rate_of),
+                    Attacker(
+                        parameters,
+                        rates,
+                        attack.settings,
+                        cycles,
+                        attack.rate_of,
+                        processes,
+                        scaling_for(runtime.precision),
+                        eight_bit=settings.eight_bit,
+                    ),
                     batches,
                     rates.outer_learning_rate if settings.outer_learning_rate is None else settings.outer_learning_rate,
                     cycles,
                     runtime,
+                    settings.accumulate,
                 )
             )
     return turns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -29,14 +30,21 @@ class EpisodesSettings:
     outer_learning_rate: float | None = None
     batch_size: int = 1
     seed: int = 0
+    accumulate: int = 1
+    """Batches whose gradients make one step, the attackers' and the outer ones."""
+    eight_bit: bool = False
+    """Whether AdamW's moments are held in 8 bits, both players'."""
     drift: float | None = None
     """How far the predictions for other prompts may move; None: as the strength has it."""
+    side_by_side: bool = False
+    """Whether every attack on every concept has one attacker from beginning to end, and they take turns in every cycle;
+    otherwise there is one at a time, and each begins anew from the weights as they then are."""
     vary: bool = True
     """Whether the attackers' settings are drawn; otherwise they are as given."""
     shortest: int = 200
     longest: int = 300
-    """How many steps an episode's attacker makes, at least and at most; no more than lets every attack on every concept
-    have its turn, and a third of the run."""
+    """How many steps an attacker makes, at least and at most, where there is one at a time; no more than lets every attack
+    on every concept have its turn, and a third of the run."""
     inner_steps: int = 2
     """How many of them it makes before each outer step."""
     objective: Aim = "relative"
@@ -90,8 +98,14 @@ class EpisodesSettings:
         """How many short attacks a run of *cycles* outer steps is worth."""
         return min(self.checks, cycles // STEPS)
 
+    def simulated_steps(self, cycles: int, pairs: int) -> int:
+        """How many steps an attacker makes at most, in a run of *cycles* against *pairs* attacks on concepts."""
+        longest = math.ceil(cycles / pairs) if self.side_by_side else self.cycles_of_episode(cycles, pairs)[1]
+        return longest * self.inner_steps
+
     def cycles_of_episode(self, cycles: int, pairs: int) -> tuple[int, int]:
-        """The fewest and the most outer steps of an episode, in a run of *cycles* against *pairs* attacks on concepts."""
+        """The fewest and the most outer steps while one attacker is there, in a run of *cycles* against *pairs* attacks on
+        concepts, one at a time."""
         longest = min(max(1, self.longest // self.inner_steps), max(1, cycles // max(3, pairs)))
         return min(max(1, self.shortest // self.inner_steps), longest), longest
 
