@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
-from imma_cli.concepts.batches import TrainingSet, encode, pixels
+from imma_cli.concepts import caches
+from imma_cli.concepts.batches import Batch, TrainingSet, encode, pixels
 from imma_cli.concepts.drawing import ROLES, draw_concept, drawing_seeds
 from imma_cli.concepts.folders import read_concept
 from imma_cli.errors import ImmaError
@@ -108,3 +110,34 @@ def test_a_stream_is_its_seed_and_covers_every_picture(tiny_model: Model, tmp_pa
     assert {int(b.timesteps) for b in first} != {int(b.timesteps) for b in other}
     shown = [b.captions[0] for b in first]
     assert sorted(shown[:5]) == sorted(shown[5:]) == sorted(concept.captions)
+
+
+def test_what_memory_has_no_room_for_is_read_from_the_disk_to_the_same_batches(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = paint(tmp_path / "pictures", *(f"{i}.png" for i in range(11)))
+    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i}.png,picture {i % 3}\n" for i in range(11)))
+    concept = read_concept("blue style", folder)
+    (attack,) = parse_attacks(["lora"], discover())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def batches() -> list[Batch]:
+        latents = encode(tiny_model, concept.images)
+        stream = iter(TrainingSet(tiny_model, attack, concept, latents, seed=1, batch_size=3))
+        assert stream.conditioning is not None
+        assert len(stream.conditioning) == 3  # captions that are the same are kept once
+        return [next(stream) for _ in range(4)]
+
+    in_memory = batches()
+    monkeypatch.setattr(caches, "IN_MEMORY", 100)
+    mapped: list[int] = []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *a, **k: mapped.append(1) or from_file(*a, **k))
+    on_disk = batches()
+    assert len(mapped) == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pictures"]  # and nothing is left of it
+    for one, other in zip(in_memory, on_disk, strict=True):
+        assert torch.equal(one.latents, other.latents)
+        assert one.conditioning is not None
+        assert other.conditioning is not None
+        assert torch.equal(one.conditioning, other.conditioning)

@@ -82,7 +82,9 @@ def verify(
     ] = 20,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     attention: Annotated[Literal["auto", "xformers", "sdpa"], typer.Option(help="Attention kernel.")] = "auto",
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Precision of the losses.")] = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Precision of the losses.")
+    ] = "auto",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
     ] = False,

@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from imma_cli.concepts.caches import room
+
 if TYPE_CHECKING:
     from imma_cli.attacks.attack import Attack
     from imma_cli.concepts.concept import Concept
@@ -52,21 +54,36 @@ def pixels(images: Sequence[Image.Image], size: int) -> Tensor:
 
 @torch.no_grad()
 def encode(model: Model, images: Sequence[Image.Image]) -> Latents:
-    """The latents of *images* at the model's resolution."""
-    everything = pixels(images, model.family.resolution(model))
-    coded = [
-        model.family.encode_images(model, part.to(model.device))
-        for part in torch.split(everything, min(8, model.at_once))
-    ]
-    return Latents(torch.cat([mean for mean, _ in coded]), torch.cat([std for _, std in coded]))
+    """The latents of *images* at the model's resolution. Only a few of them are in memory as pixels at a time."""
+    side, several = model.family.resolution(model), min(8, model.at_once)
+    found: Latents | None = None
+    for first in range(0, len(images), several):
+        part = pixels(images[first : first + several], side).to(model.device)
+        mean, std = model.family.encode_images(model, part)
+        if found is None:
+            shape = len(images), *mean.shape[1:]
+            found = Latents(room(shape, mean), room(shape, std))
+        found.mean[first : first + several], found.std[first : first + several] = mean, std
+    assert found is not None, "no pictures"
+    return found
 
 
 @torch.no_grad()
 def conditioning_of(model: Model, captions: Sequence[str]) -> Tensor:
     """[N, tokens, D] for *captions*, each distinct one encoded once."""
     distinct = list(dict.fromkeys(captions))
-    coded = {text: model.family.encode_prompts(model, [text])[0] for text in distinct}
-    return torch.stack([coded[text] for text in captions])
+    coded = _encoded(model, distinct)
+    return coded if len(distinct) == len(captions) else coded[[distinct.index(text) for text in captions]]
+
+
+def _encoded(model: Model, texts: Sequence[str]) -> Tensor:
+    found: Tensor | None = None
+    for i, text in enumerate(texts):
+        (coded,) = model.family.encode_prompts(model, [text])
+        found = room((len(texts), *coded.shape), coded) if found is None else found
+        found[i] = coded
+    assert found is not None, "no captions"
+    return found
 
 
 class TrainingSet:
@@ -79,9 +96,13 @@ class TrainingSet:
     def __init__(
         self, model: Model, attack: Attack, concept: Concept, latents: Latents, *, seed: int, batch_size: int = 1
     ) -> None:
-        self.latents = latents
+        self.latents, self.device = latents, model.device
         self.captions = [attack.caption(concept, caption) for caption in concept.captions]
-        self.conditioning = None if attack.trains_text else conditioning_of(model, self.captions)
+        distinct = dict.fromkeys(self.captions)
+        self.conditioning = None if attack.trains_text else conditioning_of(model, list(distinct))
+        numbers = {caption: number for number, caption in enumerate(distinct)}
+        self.caption_rows = [numbers[caption] for caption in self.captions]
+        """Which of the distinct captions is a picture's."""
         self.timesteps = model.family.training_timesteps(model)
         self.batch_size = batch_size
         self.generator = torch.Generator().manual_seed(seed)
@@ -109,8 +130,10 @@ class TrainingSet:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The pictures *rows* with fresh noise, timesteps and posterior sample."""
-        mean, std = self.latents.mean[list(rows)], self.latents.std[list(rows)]
-        device = mean.device
+        # large caches are not on the device (`room`)
+        mean, std = (cached[list(rows)].to(self.device) for cached in (self.latents.mean, self.latents.std))
+        device = self.device
+        captions = [self.caption_rows[row] for row in rows]
         sample = torch.randn(mean.shape, generator=self.generator).to(device)
         noise = torch.randn(mean.shape, generator=self.generator).to(device)
         timesteps = torch.randint(self.timesteps, (len(rows),), generator=self.generator).to(device)
@@ -119,5 +142,5 @@ class TrainingSet:
             noise=noise,
             timesteps=timesteps,
             captions=tuple(self.captions[r] for r in rows),
-            conditioning=None if self.conditioning is None else self.conditioning[list(rows)],
+            conditioning=None if self.conditioning is None else self.conditioning[captions].to(device),
         )

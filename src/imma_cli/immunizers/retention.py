@@ -100,18 +100,19 @@ class Retention:
 
         Errors of c and u that have nothing to do with each other make one of g² + (g - 1)² times their square.
         """
-        both = self.predict(model, rows).float() - self.predicted[:, rows].float()
-        scale = self.guidance[rows, None, None, None]
+        both = self.predict(model, rows).float()
+        both = both - self.predicted[:, rows].to(both.device).float()
+        scale = self.guidance[rows, None, None, None].to(both.device)
         guided = both[1] + scale * (both[0] - both[1])
         return (guided.square() / (scale.square() + (scale - 1).square())).mean()
 
     def predict(self, model: Model, rows: Tensor) -> Tensor:
         """What *model* says with the prompts and without: [2, rows, C, h, w]."""
         pictures = rows % len(self.latents)
-        prompted = self.conditioning[pictures]
+        prompted = self.conditioning[pictures].to(model.device)
         conditioning = torch.cat([prompted, self.empty.expand_as(prompted)])
-        twice = (torch.cat([t, t]) for t in (self.latents[pictures], self.noise[rows], self.timesteps[rows]))
-        latents, noise, timesteps = twice
+        drawn = (each.to(model.device) for each in (self.latents[pictures], self.noise[rows], self.timesteps[rows]))
+        latents, noise, timesteps = (torch.cat([each, each]) for each in drawn)
         predicted = model.family.predict(model, latents, conditioning, noise, timesteps)
         return predicted.reshape(2, len(rows), *predicted.shape[1:])
 
