@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,9 +307,9 @@ def plot(found: Sequence[Figures], lines: Iterable[Line], folder: Path) -> list[
                 course = _curve(own)
                 style = {"color": "black", "linestyle": "--"} if row == UNDEFENDED else {}
                 curves.plot(list(course), list(course.values()), label=row, **style)
-        curves.set(
-            xlabel="attacker's steps", ylabel="denoising loss on unseen pictures", title=attack.attack, yscale="log"
-        )
+        curves.set(xlabel="attacker's steps", ylabel="denoising loss on unseen pictures", yscale="log")
+        title = "\n".join(textwrap.wrap(attack.attack.replace(",", ", "), 52))
+        curves.set_title(title, fontsize=9)
         curves.legend()
         for each in rows:
             least = min(_prevented_share(a) for a in each.harmful if a.found not in APART)
@@ -317,7 +318,8 @@ def plot(found: Sequence[Figures], lines: Iterable[Line], folder: Path) -> list[
                 prices.scatter([kept], [100 * least])
                 prices.annotate(each.row, (kept, 100 * least), xytext=(4, 4), textcoords="offset points")
         prices.axvline(0.95, color="grey", linewidth=0.8)
-        prices.set(xlabel="untouched similarity", ylabel="least gain prevented, %", title="price and resistance")
+        prices.set(xlabel="untouched similarity", ylabel="least gain prevented, %")
+        prices.set_title("price and resistance", fontsize=9)
         path = folder / f"resistance-{case}.svg"
         figure.savefig(path, metadata={"Date": None})
         written.append(path)
