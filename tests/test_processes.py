@@ -77,6 +77,17 @@ def test_two_processes_end_with_the_weights_of_one(command: list[str], how: list
     assert any(not torch.equal(original[name], one[name]) for name in one)
 
 
+@pytest.mark.parametrize(("rank", "count"), [("0", "two"), ("2", "2"), ("-1", "2"), ("0", "0")])
+def test_an_environment_that_is_no_launchers_is_refused(
+    imma: Any, command: list[str], monkeypatch: pytest.MonkeyPatch, rank: str, count: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", count)
+    code, _, complaint = imma(*command)
+    assert code == 2
+    assert f"RANK={rank} of WORLD_SIZE={count}" in complaint
+
+
 def test_batches_that_processes_cannot_share_are_refused(
     imma: Any, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,10 @@ class Rank:
 
     @classmethod
     def of_this_process(cls) -> Rank:
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1)
+        from imma_cli.families.processes import launched
+
+        number, count = launched()
+        return cls(number, count > 1)
 
     @property
     def speaks(self) -> bool:

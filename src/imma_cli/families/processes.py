@@ -61,8 +61,18 @@ ALONE = Processes()
 
 
 def launched() -> tuple[int, int]:
-    """Rank and number of the processes that a launcher (accelerate, torchrun) started for this command; (0, 1) without one."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Rank and number of the processes that a launcher (accelerate, torchrun) started for this command; (0, 1) without one.
+
+    Raises:
+        ImmaError: RANK and WORLD_SIZE in the environment say something impossible.
+    """
+    rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
+        raise ImmaError(
+            f"RANK={rank} of WORLD_SIZE={count} processes: the environment of this command is not a launcher's.",
+            hint="Start several processes with accelerate launch or torchrun, or unset both variables.",
+        )
+    return int(rank), int(count)
 
 
 def joined(device: str) -> Processes:
