@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from imma_cli.checkpoints.safetensors_file import read_header
+from imma_cli.cli import progress
 
 Run = "subprocess.CompletedProcess[str]"
 
@@ -276,3 +278,14 @@ def test_ctrl_c_leaves_everything_as_it_was(tiny_checkpoint, tiny_config, pictur
     assert "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["hard.safetensors.imma-state"]
     assert tiny_checkpoint.read_bytes() == before
+
+
+def test_a_log_says_once_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody watches a bar there. Here, a step takes seven seconds, and the first one thirty."""
+    clock = iter([0.0, 30.0, 37.0, 44.0, 51.0])
+    monkeypatch.setattr(progress, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress, "err", Console(file=sys.stderr))
+    with progress.course("Hardening", 100, quiet=False) as advance:
+        for done in range(1, 5):
+            advance(done, attacker_loss=1.0)
+    assert capsys.readouterr().err == "Hardening, 100 steps ...\n  about 0:11:26 left\n"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from time import monotonic
 
 from rich.console import Group
 from rich.live import Live
@@ -61,13 +63,39 @@ class Course:
         return Group(self.bar, *lines)
 
 
+class Foretold:
+    """Says once, in a log that nobody watches, about how long the whole takes: as soon as that can be told."""
+
+    AFTER = 20.0
+    """Seconds. The first steps are slower than the others."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.began, self.said = total, monotonic(), False
+        self.first: tuple[float, float] | None = None
+        """How much was done when, after the first report."""
+
+    def advance(self, done: float, doing: str | None = None, **values: float | None) -> None:
+        now = monotonic()
+        if self.first is None:
+            self.first = done, now
+            return
+        before, then = self.first
+        if self.said or now - self.began < self.AFTER or done <= before:
+            return
+        self.said = True
+        left = timedelta(seconds=round((now - then) / (done - before) * (self.total - done)))
+        err.print(f"  about {left} left", markup=False)
+
+
 @contextmanager
 def course(title: str, total: int, *, quiet: bool) -> Iterator[Callable[..., None]]:
-    """Gives a function to report progress with; shows nothing where *quiet* or where nobody watches."""
-    if quiet or not err.is_terminal:
-        if not quiet:
-            err.print(f"{title}, {total} steps ...", markup=False)
-        yield lambda done, **values: None
+    """Gives a function to report progress with; nothing where *quiet*, and where nobody watches one line about the time it takes."""
+    if quiet:
+        yield lambda done, doing=None, **values: None
+        return
+    if not err.is_terminal:
+        err.print(f"{title}, {total} steps ...", markup=False)
+        yield Foretold(total).advance
         return
     shown = Course(title, total)
     with Live(shown, console=err, refresh_per_second=8):
