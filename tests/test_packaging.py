@@ -16,7 +16,20 @@ from imma_cli.attacks.manager import Registry, discover
 from imma_cli.verification.metrics import discover_metrics
 
 COMMANDS = ("demo", "harden", "verify", "report", "attacks", "metrics", "install", "uninstall", "new-attack", "inspect")
-HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "numpy", "PIL", "matplotlib", "jinja2"}
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "xformers",
+    "numpy",
+    "PIL",
+    "matplotlib",
+    "jinja2",
+    "bitsandbytes",
+    "psutil",
+}
 # stdout belongs to the help text, so the modules go to stderr
 REPORT = """
 import json, sys

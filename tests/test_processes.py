@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ from torch import Tensor
 
 from imma_cli.attacks import testing
 from imma_cli.attacks.gradients import NotFiniteError, Scaling, mean_gradient
+from imma_cli.cli import resuming
 from imma_cli.families.model import Model
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.episodes import immunize_in_episodes
 from imma_cli.immunizers.imma import ImmunizerSettings, immunize
 from imma_cli.immunizers.retention import retain
 from imma_cli.immunizers.settings import EpisodesSettings
+from imma_cli.immunizers.state import SavedState
 
 WEIGHT = torch.tensor([1.0, -2.0], requires_grad=True)
 
@@ -32,11 +36,35 @@ WEIGHT = torch.tensor([1.0, -2.0], requires_grad=True)
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("shared")
     checkpoint, config = testing.tiny_checkpoint(folder)
-    drawn = ["--draw", "3", "--attack", "lora", "--attack", "full-finetune", "--device", "cpu", "--json"]
+    drawn = ["--draw", "3", "--attack", "lora", "--device", "cpu", "--json"]
     return ["harden", str(checkpoint), "--config", str(config), "--concept", "blue style", *drawn]
 
 
-def harden(command: Sequence[str], output: Path, rank: int = 0, several: int = 1, port: int = 0) -> Any:
+FAULTY = """
+import os
+from imma_cli.cli import main
+from imma_cli.errors import ImmaError
+from imma_cli.immunizers.objectives import Objective
+
+call, calls = Objective.__call__, []
+
+def faulty(self, attack, attacked, batch):
+    calls.append(1)
+    missed, loss = call(self, attack, attacked, batch)
+    if os.environ["RANK"] == "1" and len(calls) >= 3:
+        if os.environ["FAULT"] == "error":
+            raise ImmaError("The disk is gone.")
+        return missed * float("nan"), loss * float("nan")
+    return missed, loss
+
+Objective.__call__ = faulty
+main()
+"""
+
+
+def harden(
+    command: Sequence[str], output: Path, rank: int = 0, several: int = 1, port: int = 0, fault: str = ""
+) -> Any:
     launched = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -46,8 +74,8 @@ def harden(command: Sequence[str], output: Path, rank: int = 0, several: int = 1
     }
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **({k: str(v) for k, v in launched.items()} if port else {})}
     return subprocess.Popen(
-        [sys.executable, "-m", "imma_cli", *command, "--output", str(output)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, *(("-c", FAULTY) if fault else ("-m", "imma_cli")), *command, "--output", str(output)],
+        env=environment | {"FAULT": fault}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -58,7 +86,9 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    "how", [["--method", "imma", "--steps", "8"], ["--steps", "126"]], ids=["published", "in episodes, with a check"]
+    "how",
+    [["--method", "imma", "--attack", "full-finetune", "--steps", "8"], ["--steps", "126"]],
+    ids=["published", "in episodes, with a check"],
 )
 def test_two_processes_end_with_the_weights_of_one(command: list[str], how: list[str], tmp_path: Path) -> None:
     """As `accelerate launch` and torchrun start them; one writes, and speaks."""
@@ -75,6 +105,43 @@ def test_two_processes_end_with_the_weights_of_one(command: list[str], how: list
     assert all(torch.equal(one[name], two[name]) for name in one)
     original = load_file(command[1])
     assert any(not torch.equal(original[name], one[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("fault", "first_says", "second_says"),
+    [
+        ("nan", "The loss became nan.", "The loss became nan."),
+        ("error", "Another process of this command has ended", "The disk is gone."),
+    ],
+)
+def test_what_fails_in_one_process_ends_all(
+    command: list[str], tmp_path: Path, fault: str, first_says: str, second_says: str
+) -> None:
+    port = free_port()
+    how, output = [*command, "--steps", "30"], tmp_path / "never.safetensors"
+    together = [harden(how, output, rank, 2, port, fault) for rank in range(2)]
+    complaints = [" ".join(process.communicate(timeout=300)[1].split()) for process in together]
+    assert [process.returncode for process in together] == [2, 2]
+    assert first_says in complaints[0]
+    assert second_says in complaints[1]
+    assert not output.exists()
+
+
+def test_ctrl_c_ends_all_after_the_same_cycle_and_the_state_goes_on(command: list[str], tmp_path: Path) -> None:
+    port = free_port()
+    how, output = [*command, "--method", "imma", "--steps", "2000"], tmp_path / "later.safetensors"
+    how.remove("--json")
+    together = [harden(how, output, rank, 2, port) for rank in range(2)]
+    for line in together[0].stderr:
+        if line.startswith("Hardening"):
+            break
+    time.sleep(3)
+    for process in together:  # as a terminal does
+        process.send_signal(signal.SIGINT)
+    complaints = [process.communicate(timeout=120)[1] for process in together]
+    assert [process.returncode for process in together] == [130, 130], complaints
+    state = SavedState.open(resuming.state_path(output))
+    assert len(state.tree["run"]["result"]["steps"]) > 0
 
 
 @pytest.mark.parametrize(("rank", "count"), [("0", "two"), ("2", "2"), ("-1", "2"), ("0", "0")])
@@ -118,7 +185,8 @@ def test_moments_in_8_bits_make_nearly_the_same_steps(tiny_model: Model, method:
 
 
 def test_8_bits_without_the_package_are_refused(imma: Any, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
     code, _, complaint = imma(*command, "--8bit")
     assert code == 2
     assert "pip install 'imma-cli[8bit]'" in " ".join(complaint.split())

@@ -31,7 +31,7 @@ class Scaling:
     Where a scaled gradient is not finite, the step is left out and the scale halved; after `GROWTH` steps it is doubled.
     """
 
-    GROWTH = 1000
+    GROWTH = 100
     LEAST = 1.0
 
     def __init__(self, scale: float = 2.0**14) -> None:

@@ -50,9 +50,14 @@ def free_memory(runtime: Runtime) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info(runtime.device)[0])
+    import os
+
     import psutil
 
-    return min(int(psutil.virtual_memory().available), _left_to_container())
+    # processes that a launcher started on this machine share what there is
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    free = min(int(psutil.virtual_memory().available), _left_to_container())
+    return free // max(1, int(beside)) if beside.isdecimal() else free
 
 
 def _left_to_container() -> int:
@@ -89,15 +94,14 @@ def plan(
     settings: HardeningSettings,
     runtime: Runtime,
     asked: Saving,
-    *,
     fit: bool,
     named: bool,
     concepts: int = 1,
 ) -> tuple[Saving, HardeningSettings, Estimate]:
     """What is done to save memory, the settings with it, and the estimate.
 
-    With *fit*, the fastest that holds what was *asked* and fits what is free: then AdamW's moments are held in 8 bits too,
-    and a batch becomes several smaller ones, where nothing else helps.
+    With *fit*, the fastest that holds what was *asked* and fits what is free: where nothing else helps, AdamW's moments are
+    held in 8 bits too, and a batch of the published method's becomes several smaller ones.
 
     *named*: the user named the attacks, so none is left out for it.
 
@@ -123,11 +127,17 @@ def plan(
 
 
 def _smaller(settings: HardeningSettings) -> Iterator[HardeningSettings]:
-    """*settings*, and what needs less memory with (nearly) the same result."""
+    """*settings*, and what needs less memory with nearly the same steps."""
     from importlib.util import find_spec
 
-    smaller = replace(settings, batch_size=1, accumulate=settings.accumulate * settings.batch_size)
-    for each in [settings] if settings.batch_size == 1 else [settings, smaller]:
+    from imma_cli.immunizers.imma import ImmunizerSettings
+
+    different = [settings]
+    if (
+        isinstance(settings, ImmunizerSettings) and settings.batch_size > 1
+    ):  # else outer batches have a size of their own
+        different.append(replace(settings, batch_size=1, accumulate=settings.accumulate * settings.batch_size))
+    for each in different:
         yield each
         if not each.eight_bit and find_spec("bitsandbytes"):
             yield replace(each, eight_bit=True)
@@ -146,7 +156,7 @@ def out_of_memory(error: BaseException) -> ImmaError | None:
     return ImmaError(
         f"{where} ran out. Nothing was written, and finished trials are kept.",
         hint="Less of it is needed with --gradient-checkpointing, a smaller --batch-size and fewer attacks; imma harden also has "
-        "--low-memory, and --fit chooses what fits. What it would need: imma harden --dry-run.",
+        "--low-memory and --8bit, and --fit chooses what fits. What it would need: imma harden --dry-run.",
     )
 
 

@@ -134,7 +134,7 @@ def harden(
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Immunize a checkpoint against fine-tuning on a concept, and write it in the layout it came in."""
-    from imma_cli.families.processes import joined, launched
+    from imma_cli.families.processes import ALONE, joined, launched
 
     rank, several = launched()
     if rank and (dry_run or method == "none"):  # one process does it
@@ -142,6 +142,10 @@ def harden(
     quiet = json or rank > 0
     refusals = Refusals("The checkpoint cannot be hardened like this.")
     target = output or beside(checkpoint)
+    if several > 1 and device not in ("auto", "cpu", "cuda"):
+        refusals.add(
+            f"--device {device}: each of {several} processes has a device of its own. Give cuda, or leave it out."
+        )
     if (accumulate or several) % several:
         refusals.add(
             f"--accumulate {accumulate} cannot be shared by {several} processes: give a multiple of {several}."
@@ -178,11 +182,11 @@ def harden(
     from imma_cli.families.model import SMALL_MODEL
     from imma_cli.families.runtime import choose_runtime
 
-    if eight_bit:
-        hardening.check_eight_bit(refusals)
     if low_memory:
         hardening.check_low_memory(refusals, attacks if attack else (), protect)
     runtime = refusals.check(choose_runtime, device, attention, precision)
+    if eight_bit and runtime:
+        refusals.check(hardening.check_eight_bit, runtime.device)
     refusals.raise_all()
     assert opened is not None
     assert runtime is not None
@@ -190,6 +194,7 @@ def harden(
 
     from imma_cli.immunizers.erasing import settings_for as erasing_settings_for
 
+    processes = joined(runtime.device) if not (dry_run or method == "none") else ALONE
     for notice in opened.notices:
         if not quiet:
             err.print(f"[yellow]Note:[/] {escape(notice)}")
@@ -202,10 +207,13 @@ def harden(
         attacks = hardening.without_copies(attacks, quiet=quiet)
     if settings and (fit or large or dry_run):
         with waiting("Estimating memory", quiet=quiet):
-            saving, settings, expected = fitting.plan(
-                opened.config, attacks, settings, runtime, saving, fit=fit, named=bool(attack), concepts=len(concept)
+            found = (
+                fitting.plan(opened.config, attacks, settings, runtime, saving, fit, bool(attack), len(concept))
+                if processes.first
+                else None
             )
-        if not quiet:
+            saving, settings, expected = processes.told(found) or (saving, settings, None)
+        if not quiet and expected:
             fitting.say(expected, saving, settings, runtime, chosen=fit)
         if saving.low_memory and not low_memory:
             attacks = hardening.without_copies(attacks, quiet=quiet)
@@ -249,16 +257,14 @@ def harden(
 
     with waiting("Hashing the checkpoint", quiet=quiet):
         asked = resuming.command_of(record(), opened.config, drawn=draws)
-    if saved:
-        resuming.require_same(saved, asked)
-    processes = joined(runtime.device)
+    resuming.require_same(saved, asked, processes)
     with resuming.keeping(target, asked, save_every, saved, processes, resume=resume, quiet=quiet) as keeper:
         if draws:
             concepts = hardening.drawn(model, concept, draws, seed, keeper, quiet=quiet)
         erased = None
         if erasing_settings:
             erased = erasing.carry_out(model, concept, erasing_settings, runtime, keep or (), keeper, quiet=quiet)
-        with profiling.recording(profile, quiet=quiet) as after_cycle:
+        with profiling.recording(profile if processes.first else None, quiet=quiet) as after_cycle:
             result = hardening.carry_out(
                 model, attacks, concepts, settings, runtime, keep or (), keeper, after_cycle, processes, quiet=quiet
             )

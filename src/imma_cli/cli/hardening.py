@@ -69,12 +69,25 @@ def without_copies(attacks: Sequence[Attack], *, quiet: bool) -> list[Attack]:
     return [attack for attack in attacks if not attack.in_place]
 
 
-def check_eight_bit(refusals: Refusals) -> None:
-    """Moments in 8 bits need a package of their own."""
-    from importlib.util import find_spec
+def check_eight_bit(device: str) -> None:
+    """Raises ImmaError where moments cannot be held in 8 bits on *device*: a package may be missing, or built for another one."""
+    import torch
 
-    if find_spec("bitsandbytes") is None:
-        refusals.add("--8bit needs bitsandbytes.", "pip install 'imma-cli[8bit]'")
+    from imma_cli.attacks.training import adamw
+    from imma_cli.errors import ImmaError
+
+    try:
+        probe = torch.nn.Parameter(torch.zeros(4096, device=device))
+        probe.grad = torch.ones_like(probe)
+        adamw([probe], 1e-3, eight_bit=True).step()
+    except ImportError as error:
+        raise ImmaError("--8bit needs bitsandbytes.", hint="pip install 'imma-cli[8bit]'") from error
+    except Exception as error:
+        said = str(error).strip().split("\n")[0]
+        raise ImmaError(
+            f"--8bit: the installed bitsandbytes fails on {device} ({type(error).__name__}: {said}).",
+            hint="pip install -U 'imma-cli[8bit]', or leave --8bit out.",
+        ) from error
 
 
 def check_low_memory(refusals: Refusals, attacks: Sequence[Attack] | None, protect: Protect) -> None:

@@ -32,7 +32,8 @@ def recording(path: Path | None, *, quiet: bool) -> Iterator[Callable[[], None]]
 
     def write(done: profile) -> None:
         done.export_chrome_trace(str(path))
-        written.append(path)
+        if path.exists():
+            written.append(path)
 
     import torch
 

@@ -39,8 +39,13 @@ def command_of(provenance: Mapping[str, Any], config: Path, **besides: Any) -> d
 
     found = discover().found
     packages = {name: version(name) for name in LIBRARIES}
+    if provenance["settings"].get("eight_bit"):
+        packages["bitsandbytes"] = version("bitsandbytes")
     packages |= {found[a["name"]].distribution: found[a["name"]].version for a in provenance["attacks"]}
     command = {**provenance, **besides, "configuration": _digest(config), "packages": packages}
+    # which of several GPUs it is makes no difference, and another process has another one
+    runtime = provenance["runtime"]
+    command["runtime"] = {**runtime, "device": runtime["device"].partition(":")[0]}
     # as it is read back: tuples are lists
     return dict(json.loads(json.dumps(command)))
 
@@ -57,11 +62,19 @@ def existing(output: Path) -> SavedState | None:
     return SavedState.open(path) if path.exists() else None
 
 
-def require_same(saved: SavedState, command: Mapping[str, Any]) -> None:
-    """Raises ImmaError, with every difference, where *saved* is the state of another command."""
+def require_same(saved: SavedState | None, command: Mapping[str, Any], processes: Processes) -> None:
+    """All *processes* are to do the same, from the same state.
+
+    Raises:
+        ImmaError: *saved* is the state of another command, with every difference; or a process has other files or options.
+    """
+    import json
+
     from imma_cli.immunizers.state import differences
 
-    if found := list(differences(saved.command, command)):
+    processes.require_same("a command", json.dumps(command, sort_keys=True))
+    processes.require_same("a saved state", saved.header.metadata["checksum"] if saved else "")
+    if saved and (found := list(differences(saved.command, command))):
         raise ImmaError(
             f"The saved state {saved.path} is another command's.",
             found,
@@ -90,10 +103,8 @@ def keeping(
         if error:
             err.print(f"[yellow]The state could not be saved:[/] {escape('; '.join(error.reasons) or error.what)}")
 
-    if not processes.first:
-        yield FileKeeper(state_path(output), command, float("inf"), saved)
-        return
-    keeper = FileKeeper(state_path(output), command, 60 * minutes if minutes else float("inf"), saved, told)
+    seconds = 60 * minutes if minutes and processes.first else float("inf")
+    keeper = FileKeeper(state_path(output), command, seconds, saved, told, processes)
     if not quiet:
         _say(keeper, resume)
     with _interrupted_between_cycles(keeper, saves=minutes > 0):
@@ -124,14 +135,17 @@ def _interrupted_between_cycles(keeper: FileKeeper, *, saves: bool) -> Iterator[
         asked.append(number)
         # a state that somebody may still want is not replaced by that of a run which is given up
         if saves and keeper.in_loop and not keeper.foreign and len(asked) == 1:
-            err.print("Ending after this cycle, to save its state (Ctrl-C again: at once) ...")
-            keeper.stop = stop
+            if keeper.processes.first:
+                err.print("Ending after this cycle, to save its state (Ctrl-C again: at once) ...")
+            keeper.stop = True
         else:
             before[number](number, frame)
 
     def stop() -> None:
-        before[asked[0]](asked[0], None)
+        number = asked[0] if asked else signal.SIGINT  # the first process may have been asked alone
+        before[number](number, None)
 
+    keeper.leave_loop = stop
     before: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -141,9 +155,10 @@ def _interrupted_between_cycles(keeper: FileKeeper, *, saves: bool) -> Iterator[
         for number, handler in before.items():
             if signal.getsignal(number) is handle:  # otherwise the run is ending, and nothing is to disturb that
                 signal.signal(number, handler)
-        if asked and saves:
+        speaks = keeper.processes.first
+        if asked and saves and speaks:
             keeper.leave()
-        if asked and keeper.path.exists() and not keeper.foreign:
+        if asked and speaks and keeper.path.exists() and not keeper.foreign:
             err.print(
                 f"[bold]{escape(str(keeper.path))}[/] holds its state: the same command with --resume goes on.",
                 soft_wrap=True,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -34,9 +36,10 @@ class Processes:
 
     def add_up(self, tensors: Iterable[Tensor | None]) -> None:
         """Replace each of *tensors* by its sum over all processes."""
-        for tensor in tensors:
-            if tensor is not None and self.count > 1:
-                dist.all_reduce(tensor)
+        with _as_one():
+            for tensor in tensors:
+                if tensor is not None and self.count > 1:
+                    dist.all_reduce(tensor)
 
     @torch.no_grad()
     def make_same(self, tensors: Iterable[Tensor]) -> None:
@@ -44,20 +47,46 @@ class Processes:
 
         They should have them anyway; GPUs may differ in a last digit, and what differs once drifts apart.
         """
-        for tensor in tensors:
-            if self.count > 1:
-                dist.broadcast(tensor, src=0)
+        with _as_one():
+            for tensor in tensors:
+                if self.count > 1:
+                    dist.broadcast(tensor, src=0)
 
     def told(self, value: T) -> T:
         """The first process's *value*, in every one."""
         if self.count == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        with _as_one():
+            dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def require_same(self, what: str, value: str) -> None:
+        """Raises ImmaError, in a process whose *value* is not the first one's."""
+        if self.told(value) != value:
+            raise ImmaError(
+                f"Process {self.rank} of {self.count} has {what} of its own.",
+                hint="All processes need the same options, files and saved state: a folder that all machines see.",
+            )
 
 
 ALONE = Processes()
+PATIENCE = timedelta(days=1)
+"""How long processes wait for each other: the first one's checks may take an hour on processors."""
+
+
+@contextmanager
+def _as_one() -> Iterator[None]:
+    """Raises ImmaError where another process is gone: what happened to it, it has said itself."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ImmaError(
+            "Another process of this command has ended, so this one ends too.",
+            hint="What happened is in the other one's messages. --resume goes on from the last saved state.",
+        ) from error
 
 
 def launched() -> tuple[int, int]:
@@ -87,7 +116,8 @@ def joined(device: str) -> Processes:
     from accelerate import PartialState
 
     try:
-        PartialState(cpu=torch.device(device).type == "cpu")
+        PartialState(cpu=torch.device(device).type == "cpu", timeout=PATIENCE)
+        rank, count = dist.get_rank(), dist.get_world_size()
     except (RuntimeError, ValueError) as error:
         raise ImmaError(
             f"The {count} processes of the launcher cannot be connected: {error}",

@@ -94,9 +94,10 @@ def choose_runtime(
     reasons: list[str] = []
     cuda = torch.cuda.is_available()
     if device == "auto":
-        # a launcher of several processes (accelerate, torchrun) tells each which GPU of the machine is its own
-        own = os.environ.get("LOCAL_RANK")
-        device = "cpu" if not cuda else f"cuda:{int(own)}" if own is not None else "cuda"
+        device = "cuda" if cuda else "cpu"
+    # a launcher of several processes (accelerate, torchrun) tells each which GPU of the machine is its own
+    if device == "cuda" and (own := os.environ.get("LOCAL_RANK", "")).isdecimal():
+        device = f"cuda:{int(own)}"
     try:
         kind = torch.device(device).type
     except RuntimeError:

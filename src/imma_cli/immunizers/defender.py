@@ -150,7 +150,8 @@ class Defender:
 
         def missing(batch: Batch) -> Tensor:
             missed, loss = self.objective(episode.attack, episode.model, batch)
-            require_finite(loss)
+            if self.processes.count == 1:  # else all have to hear of it
+                require_finite(loss)
             losses.append(loss.detach())
             if not missed.requires_grad:
                 raise ImmaError(
@@ -163,6 +164,7 @@ class Defender:
         _, gradients = mean_gradient(parts, episode.weights, self.processes, self.scaling)
         mean = torch.stack(losses).sum() / len(batches)
         self.processes.add_up([mean])
+        require_finite(mean)
         return float(mean), gradients
 
     def _held(self) -> tuple[float, Sequence[Tensor | None]]:

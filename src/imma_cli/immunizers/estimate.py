@@ -87,7 +87,8 @@ def estimate(
     lasting = sizes["unet"] + sum(sizes[part] for part in at_hand) + int(moments * protected)
     lasting += protected if protected <= IN_MEMORY else 0
     # each that is there at the same time has weights of its own, what they were like, and the moments
-    lasting += int(in_place * (2 + moments) * everything)
+    # episodes draw optimizers, too, and only AdamW has moments in 8 bits
+    lasting += int(in_place * (2 + (MOMENTS if episodes else moments)) * everything)
     shadow = _shadow_of(config, settings.protect, halved, recomputed)
     passing = shadow.passing(settings.batch_size, everything=in_place > 0)
     if episodes:

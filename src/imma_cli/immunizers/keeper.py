@@ -8,6 +8,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from imma_cli.errors import ImmaError
+from imma_cli.families.processes import ALONE, Processes
 from imma_cli.immunizers.state import SavedState, State, write_state
 
 T = TypeVar("T")
@@ -46,15 +47,19 @@ class FileKeeper(Keeper):
         seconds: float,
         saved: SavedState | None,
         told: Callable[[ImmaError | None], None] = lambda error: None,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
+        self.leave_loop: Callable[[], None] = lambda: None
+        """What ends the run in this process."""
         self.path, self.command, self.seconds, self.saved, self.told = path, command, seconds, saved, told
         self.due = monotonic() + seconds
         self.work: dict[str, Callable[[], State]] = {}
         self.unsaved = False
         """Whether there is finished work that the file does not hold."""
         self.in_loop = False
-        self.stop: Callable[[], None] | None = None
-        """What ends the run, as soon as its state is saved."""
+        self.stop = False
+        """Whether the run is to end, as soon as its state is saved."""
         self.foreign = saved is None and path.exists()
         """Whether the file holds what somebody may still want to go on with: only time passing replaces it."""
 
@@ -76,10 +81,11 @@ class FileKeeper(Keeper):
         return self.saved.read("run") if self.saved else None
 
     def offer(self, state: Callable[[], State]) -> None:
-        if self.stop or monotonic() >= self.due:
+        stop = self.processes.told(self.stop)  # all of them after the same cycle
+        if self.processes.first and (stop or monotonic() >= self.due):
             self._write({"run": state()})
-        if self.stop:
-            self.stop()
+        if stop:
+            self.leave_loop()
 
     def leave(self) -> None:
         """The run ends at once: keep the work that was finished, where nothing of the run is in the file yet."""
