@@ -451,6 +451,7 @@ def tiny_hardened(tiny_checkpoint: Path, tiny_config: Path, tmp_path_factory: py
         if ".attn" in name and ".to_" in name
     }
     record = {
+        "input_sha256": opened.sha256,
         "concepts": [{"name": "blue style", "images": "test", "sha256": list(TINY.hashes[:2])}],
         "attacks": [{"name": "lora", "spec": "lora", "rates": {"steps": 12}}],
         "settings": {"steps": 12},
@@ -829,3 +830,10 @@ def command(arguments: list[str], environment: dict[str, str], cwd: Path | None 
     )  # fmt: skip
     assert done.returncode in (0, 1, 2), done.stderr
     return " ".join(done.stderr.split())
+
+
+def test_checkpoints_that_are_swapped_are_refused(imma: Any, arguments: list[str]) -> None:
+    arguments[1], arguments[3] = arguments[3], arguments[1]
+    code, _, err = imma(*arguments, "--attack", "lora")
+    assert code == 2
+    assert "The two checkpoints are swapped" in err

@@ -147,11 +147,13 @@ def report(
 
 def say_checks(result: Immunized) -> None:
     """The course of the short attacks, which of these states was taken, and whether it is within the limit."""
+    from imma_cli.immunizers.checking import STEPS
+
     for check in result.checks:
-        got = "" if check.prevented is None else f", {max(0.0, 1 - check.prevented):.0%} of its gain on the original"
+        got = "" if check.prevented is None else f", {max(0.0, 1 - check.prevented):.0%} of their gain on the original"
         taken = " [green](taken)[/]" if check == result.taken else ""
         out.print(
-            f"  after {check.cycle} cycles: a short attack comes to a loss of {check.loss:.4f}{got}; "
+            f"  after {check.cycle} cycles: {STEPS} steps of attack come to a loss of {check.loss:.4f}{got}; "
             f"predictions for other prompts moved by {check.drift:.4f}{taken}"
         )
     if result.taken and not result.taken.within:
@@ -185,17 +187,21 @@ def say_done(
             f"  [yellow]not hardened:[/] {len(result.unreached)} of {len(result.weights)} protected tensors, "
             "which no attack's loss depends on: the attack computes with copies of them"
         )
-    if losses["attacker_first"] is not None:
+    # means over random noise, which attackers who are drawn anew begin at again: they only tell something of one attacker
+    several = bool(result.checks)
+    if losses["attacker_first"] is not None and not several:
         out.print(
             f"  simulated attacker's loss: {losses['attacker_first']:.4f} at first, {losses['attacker_last']:.4f} at last"
         )
-    if losses["immunizer_first"] is not None:
+    if losses["immunizer_first"] is not None and not several:
         out.print(
             f"  loss that the immunizer raises, of the attacked model: {losses['immunizer_first']:.4f} at first, {losses['immunizer_last']:.4f} at last"
         )
     say_checks(result)
     if written.dropped:
         out.print(f"  left out: {len(written.dropped)} copies of the unhardened weights")
+    if result.checks:
+        out.print("  Longer attacks get more.")
     command = ["imma", "verify", str(written.path), "--against", str(checkpoint), "--concept", concepts[0].name]
     command += [
         "--images",

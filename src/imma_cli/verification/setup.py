@@ -62,6 +62,12 @@ class Setup:
         self.models: Models = Models(
             {"original": partial(self._load, inputs.original), "hardened": partial(self._load, inputs.hardened)}
         )
+        record = inputs.original.provenance
+        if record and record.get("input_sha256") == inputs.hardened.sha256:
+            raise ImmaError(
+                "The two checkpoints are swapped: the one after --against was made from the other one.",
+                hint="imma verify HARDENED --against ORIGINAL",
+            )
         if not changed_weights(self.models["original"], self.models["hardened"]):
             raise ImmaError("The two checkpoints hold the same weights: nothing was hardened.")
         self.pictures, self.judge = inputs.pictures, inputs.judge
