@@ -211,16 +211,21 @@ def test_too_few_steps_are_refused_before_anything_is_drawn(
         assert "Drawing" not in err
 
 
-def test_the_quick_preset_makes_a_third_of_the_steps(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
-    def cycles(*options: object) -> int:
+def test_the_quick_preset_makes_a_quarter_of_the_steps_and_no_checks(
+    imma, tiny_checkpoint, tiny_config, pictures, tmp_path
+) -> None:
+    def planned(*options: object) -> tuple[int, int]:
         code, out, err = imma(
             "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--images", pictures, "--attack", "lora", "--dry-run", "--json",
             "--output", tmp_path / "hard.safetensors", *options,
         )  # fmt: skip
         assert code == 0, err
-        return int(json.loads(out)["cycles"])
+        plan = json.loads(out)
+        return int(plan["cycles"]), int(plan["settings"]["checks"])
 
-    assert cycles("--preset", "quick") == cycles() // 3
+    cycles, checks = planned()
+    assert checks > 0
+    assert planned("--preset", "quick") == (cycles // 4, 0)
 
 
 def test_a_diffusers_folder_is_hardened_into_a_folder(imma, tiny_folder, pictures, tmp_path) -> None:
