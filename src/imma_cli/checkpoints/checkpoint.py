@@ -202,11 +202,7 @@ def _nearby(path: Path) -> str:
     if not folder.is_dir():
         return f"There is no folder {folder} either."
     names = sorted(p.name for p in folder.glob("*") if p.suffix == ".safetensors" or (p / "model_index.json").is_file())
-    return (
-        f"In {folder} there are: {', '.join(names[:5])}."
-        if names
-        else f"There is no checkpoint in {'this folder' if folder == Path() else folder}."
-    )
+    return f"In {folder} there are: {', '.join(names[:5])}." if names else f"{folder.absolute()} holds no checkpoint."
 
 
 def open_checkpoint(path: Path, config: Path | None = None) -> Checkpoint:

@@ -133,9 +133,8 @@ def _smaller(settings: HardeningSettings) -> Iterator[HardeningSettings]:
     from imma_cli.immunizers.imma import ImmunizerSettings
 
     different = [settings]
-    if (
-        isinstance(settings, ImmunizerSettings) and settings.batch_size > 1
-    ):  # else outer batches have a size of their own
+    # in episodes, outer batches have a size of their own, which splitting would multiply
+    if isinstance(settings, ImmunizerSettings) and settings.batch_size > 1:
         different.append(replace(settings, batch_size=1, accumulate=settings.accumulate * settings.batch_size))
     for each in different:
         yield each

@@ -174,7 +174,6 @@ def say_done(
 ) -> None:
     from imma_cli.attacks.settings import spec
 
-    losses = _course_of(result)
     out.print(f"[bold green]Wrote[/] {escape(str(written.path))}")
     out.print(
         f"  changed: {written.tensors} tensors, {written.parameters:,} values, "
@@ -187,13 +186,13 @@ def say_done(
             f"  [yellow]not hardened:[/] {len(result.unreached)} of {len(result.weights)} protected tensors, "
             "which no attack's loss depends on: the attack computes with copies of them"
         )
-    # means over random noise, which attackers who are drawn anew begin at again: they only tell something of one attacker
-    several = bool(result.checks)
-    if losses["attacker_first"] is not None and not several:
+    # of attackers who begin anew they say nothing: short attacks do
+    losses = {} if result.checks else _course_of(result)
+    if losses.get("attacker_first") is not None:
         out.print(
             f"  simulated attacker's loss: {losses['attacker_first']:.4f} at first, {losses['attacker_last']:.4f} at last"
         )
-    if losses["immunizer_first"] is not None and not several:
+    if losses.get("immunizer_first") is not None:
         out.print(
             f"  loss that the immunizer raises, of the attacked model: {losses['immunizer_first']:.4f} at first, {losses['immunizer_last']:.4f} at last"
         )
