@@ -21,7 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from cases import CASES, SIMULATED, UNDEFENDED, UNSEEN, keeps, pictures
 from figures import Figures, comparison, figures
-from lines import RESULTS, Lines, put_on_page
+from lines import DOCS, RESULTS, Lines, put_on_page
+from plots import trade_off
 from trials import Plan, Trials
 
 from imma_cli.attacks.manager import discover
@@ -86,6 +87,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "as published, several, outer rate of 0.00001": {"published": SIMULATED, "outer_learning_rate": 1e-5},
 }
 """What is changed; `checks` are off unless they are what is changed, since they choose among states."""
+NAMES = {row: row for row in VARIANTS} | {
+    "as it is": "default",
+    "attackers side by side, as given, who never begin anew": "side by side",
+    "as published, lora": "published, lora",
+    "as published, several in turns": "published, several",
+    "as published, several, outer rate of 0.000025": "published, several, a quarter of the rate",
+}
+"""In the picture."""
 
 
 class Variants:
@@ -161,8 +170,16 @@ def main() -> None:
 
 
 def show(lines: Lines) -> None:
-    put_on_page("ablation", comparison(figures(lines, VARIANTS), attackers()))
-    put_on_page("exploration", comparison(explored(), attackers()))
+    found, before = figures(lines, VARIANTS), explored()
+    published = [each for each in found if "published" in VARIANTS[each.row]]
+    groups = {"as published": published, "hardening in episodes": [each for each in found if each not in published]}
+    path = DOCS / "images" / "resistance-trade-off.svg"
+    trade_off({**groups, "on the way there, one seed": before}, NAMES, path)
+    put_on_page(
+        "ablation",
+        f"{comparison(found, attackers())}\n![What every variant prevents against what it costs](images/{path.name})",
+    )
+    put_on_page("exploration", comparison(before, attackers()))
 
 
 def attackers() -> list[str]:

@@ -1,11 +1,9 @@
-"""Raw lines → figures → the table and the plots. Nothing else is looked at."""
+"""Raw lines → figures → the tables. Nothing else is looked at."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -119,7 +117,7 @@ def _attacks(own: Sequence[Line], reference: Sequence[Line], kind: str) -> tuple
                 next((line["found"] for line in others if line["found"]), ""),
                 _sgr(pairs, list(originals.values())),
                 _prevented(pairs),
-                steps_to_recover(_curve([p[0] for p in pairs]), _curve([p[1] for p in pairs]), lower_is_better=True),
+                steps_to_recover(curve([p[0] for p in pairs]), curve([p[1] for p in pairs]), lower_is_better=True),
                 _works([original for original, _ in pairs]),
                 sum(not line["losses"] for line in others),
             )
@@ -163,7 +161,7 @@ def _grid(lines: Sequence[Line], part: str, metric: str) -> Array:
     return np.array([line[part][metric] for line in lines], dtype=np.float64)
 
 
-def _curve(lines: Sequence[Line]) -> dict[int, float]:
+def curve(lines: Sequence[Line]) -> dict[int, float]:
     return {step: fmean(line["losses"][i] for line in lines) for i, step in enumerate(lines[0]["steps"])}
 
 
@@ -238,10 +236,10 @@ def comparison(found: Sequence[Figures], attacks: Sequence[str]) -> str:
 
 def _least(attacks: Sequence[Attacked]) -> Attacked | None:
     """Of whose gain least is prevented."""
-    return min((a for a in attacks if a.prevented.estimate is not None), key=_prevented_share, default=None)
+    return min((a for a in attacks if a.prevented.estimate is not None), key=prevented_share, default=None)
 
 
-def _prevented_share(attacked: Attacked) -> float:
+def prevented_share(attacked: Attacked) -> float:
     return 9.0 if attacked.prevented.estimate is None or not attacked.works else attacked.prevented.estimate
 
 
@@ -250,7 +248,7 @@ def attack_table(each: Figures) -> str:
     metrics = sorted({m for a in each.harmful for m in a.sgr})
     head = ["attack", "", "steps", *(f"SGR {m}" for m in metrics), "gain prevented", "to recover", "undefended"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for a in sorted(each.harmful, key=_prevented_share):
+    for a in sorted(each.harmful, key=prevented_share):
         steps = f"> {a.recovery.censored_at}" if a.recovery.steps is None else f"{a.recovery.steps:.0f}"
         original = a.recovery.original_steps
         cells = [
@@ -278,49 +276,3 @@ def _percent(e: Estimate) -> str:
 def _number(e: Estimate) -> str:
     interval = "" if e.low is None or e.high is None else f" ({e.low:.3f} to {e.high:.3f})"
     return f"{e.estimate:.3f}{interval}"
-
-
-def plot(found: Sequence[Figures], lines: Iterable[Line], folder: Path) -> list[Path]:
-    """For each case one picture: loss along the budget of the attack that got most, and price against resistance."""
-    from matplotlib.figure import Figure
-
-    everything = list(lines)
-    written = []
-    for case in dict.fromkeys(each.case for each in found):
-        rows = [each for each in found if each.case == case]
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        curves, prices = figure.subplots(1, 2)
-        attack = min(
-            (a for each in rows for a in each.harmful if a.found == "default" and a.works),
-            key=_prevented_share,
-            default=rows[0].harmful[0],
-        )
-        for row in (UNDEFENDED, *(each.row for each in rows)):
-            own = [
-                line
-                for line in everything
-                if (line["kind"], line["case"], line["row"], line.get("attack"), line.get("budget"))
-                == ("harmful", case, row, attack.attack, attack.budget)
-                and line["losses"]
-            ]
-            if own:
-                course = _curve(own)
-                style = {"color": "black", "linestyle": "--"} if row == UNDEFENDED else {}
-                curves.plot(list(course), list(course.values()), label=row, **style)
-        curves.set(xlabel="attacker's steps", ylabel="denoising loss on unseen pictures", yscale="log")
-        title = "\n".join(textwrap.wrap(attack.attack.replace(",", ", "), 52))
-        curves.set_title(title, fontsize=9)
-        curves.legend()
-        for each in rows:
-            least = min(_prevented_share(a) for a in each.harmful if a.found not in APART)
-            kept = min((e.estimate or 0.0 for e in each.untouched.values()), default=None)
-            if kept is not None:
-                prices.scatter([kept], [100 * least])
-                prices.annotate(each.row, (kept, 100 * least), xytext=(4, 4), textcoords="offset points")
-        prices.axvline(0.95, color="grey", linewidth=0.8)
-        prices.set(xlabel="untouched similarity", ylabel="least gain prevented, %")
-        prices.set_title("price and resistance", fontsize=9)
-        path = folder / f"resistance-{case}.svg"
-        figure.savefig(path, metadata={"Date": None})
-        written.append(path)
-    return written

@@ -19,8 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from cases import CASES, ROWS, SIMULATED, UNDEFENDED, UNSEEN, first_party
 from defences import Defences
-from figures import attack_table, figures, plot, table
+from figures import attack_table, figures, table
 from lines import DOCS, RESULTS, Lines, put_on_page
+from plots import plot
 from trials import Plan, Trials
 from undoing import UNDOING
 
