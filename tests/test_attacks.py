@@ -158,6 +158,7 @@ def test_everything_wrong_with_attacks_is_said_at_once() -> None:
                 "lora:rnk=3",
                 "lora:rank=many",
                 "lora:rank=0",
+                "lora:optimizer=sgd",
                 "lora:rank",
                 "dreambooth:prior_weight=-1",
             ],
@@ -167,7 +168,8 @@ def test_everything_wrong_with_attacks_is_said_at_once() -> None:
     for part in (
         "Did you mean lora",
         "no setting 'rnk'; did you mean rank",
-        "rank='many' is no int",
+        "rank='many' is not a whole number",
+        "optimizer='sgd' is not adamw, radam or adafactor",
         "at least 1",
         "key=value",
         "negative",

@@ -44,6 +44,10 @@ def test_harden_writes_a_file_that_differs_in_attention_alone(
     assert record["attacks"][0]["settings"]["rank"] == 2
     assert (record["settings"]["seed"], record["concepts"][0]["name"]) == (4, "blue style")
     assert len(record["concepts"][0]["sha256"]) == 6
+    code, out, _ = imma("inspect", target, "--config", tiny_config)
+    assert "hardened for blue style against lora, dreambooth (method episodes, strength medium, steps 8)" in " ".join(
+        out.replace("│", "").split()
+    )
 
     from diffusers import StableDiffusionPipeline
 
@@ -263,6 +267,13 @@ def test_attacks_are_listed_and_explained(imma) -> None:
     code, _, err = imma("attacks", "dreamboth")
     assert code == 2
     assert "dreambooth" in err
+
+
+def test_no_value_that_is_to_be_typed_is_cut_off_on_a_narrow_terminal(imma, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = imma("attacks", "lora")
+    assert code == 0
+    assert "…" not in out
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

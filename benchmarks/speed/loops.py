@@ -39,7 +39,7 @@ def concept(side: int, count: int = 2) -> Any:
     from imma_cli.concepts.concept import Concept
 
     pictures = [
-        Image.effect_mandelbrot((side, side), (-2 + i / 3, -1, 1, 1.2), 20).convert("RGB") for i in range(count)
+        Image.effect_mandelbrot((side, side), (-2 + i / count, -1, 1, 1.2), 20).convert("RGB") for i in range(count)
     ]
     return Concept("blue style", tuple(pictures), ("a cat in blue style",) * count, "made")
 

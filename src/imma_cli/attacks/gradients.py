@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,6 +72,21 @@ class Scaling:
 def scaling_for(precision: str) -> Scaling | None:
     """What losses in *precision* need; bfloat16 reaches as far as float32."""
     return Scaling() if precision == "fp16" else None
+
+
+@dataclass(frozen=True)
+class Stepping:
+    """How steps are computed, whoever makes them."""
+
+    processes: Processes = ALONE
+    """Who shares the losses of a step."""
+    precision: str = "fp32"
+    """Of the losses."""
+    eight_bit: bool = False
+    """Whether AdamW's moments are held in 8 bits."""
+
+
+PLAIN = Stepping()
 
 
 def mean_gradient(

@@ -9,7 +9,8 @@ import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -25,6 +26,9 @@ class SettingHelp:
 
     name: str
     type: str
+    """As it stands in the source."""
+    value: str
+    """In words."""
     default: Any
     meaning: str
 
@@ -106,12 +110,21 @@ def _values(cls: type[Plugin], text: str) -> tuple[dict[str, Any], list[str]]:
                 if isinstance(values[key], float) and not math.isfinite(values[key]):
                     reasons.append(f"{cls.name}: {key} must be a finite number, not {raw}")
             except ValidationError:
-                reasons.append(f"{cls.name}: {key}={raw!r} is no {_type_name(known[key].type)}")
+                reasons.append(f"{cls.name}: {key}={raw!r} is not {in_words(hints[key])}")
     return values, reasons
 
 
-def _type_name(hint: Any) -> str:
-    return hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint))
+WORDS: dict[Any, str] = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
+
+
+def in_words(hint: Any) -> str:
+    """A setting's type as people say it; that nothing need be given is not part of it."""
+    if get_origin(hint) is Literal:
+        *others, last = map(str, get_args(hint))
+        return f"{', '.join(others)} or {last}" if others else last
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(in_words(part) for part in get_args(hint) if part is not NoneType)
+    return WORDS[hint] if hint in WORDS else str(getattr(hint, "__name__", hint))
 
 
 def describe(settings: type[PluginSettings]) -> list[SettingHelp]:
@@ -131,7 +144,9 @@ def describe(settings: type[PluginSettings]) -> list[SettingHelp]:
     hints = get_type_hints(settings)  # with names of aliases such as Literals resolved
     types = {name: hint.__name__ if isinstance(hint, type) else str(hint) for name, hint in hints.items()}
     return [
-        SettingHelp(f.name, types[f.name].replace("typing.", ""), f.default, meanings.get(f.name, ""))
+        SettingHelp(
+            f.name, types[f.name].replace("typing.", ""), in_words(hints[f.name]), f.default, meanings.get(f.name, "")
+        )
         for f in fields(settings)
     ]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imma_cli.attacks.attack import AttackSettings
-from imma_cli.attacks.gradients import Scaling, mean_gradient
+from imma_cli.attacks.gradients import PLAIN, Scaling, Stepping, mean_gradient, scaling_for
 from imma_cli.errors import ImmaError
 from imma_cli.families.processes import ALONE, Processes
 
@@ -90,16 +90,19 @@ def gradient_step(
     return float(mean)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The rates and moments of *optimizer*: what it has besides its settings, for :func:`restore_optimizer`."""
+def optimizer_state(optimizer: torch.optim.Optimizer, scaling: Scaling | None = None) -> dict[str, Any]:
+    """The rates and moments of *optimizer*, and its losses' scale: all besides its settings, for :func:`restore_optimizer`."""
     state = optimizer.state_dict()
     return {
         "rates": [group["lr"] for group in state["param_groups"]],
         "moments": {str(number): dict(moments) for number, moments in state["state"].items()},
+        "scaling": scaling.state() if scaling else None,
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], scaling: Scaling | None = None
+) -> None:
     """Make *optimizer*, made anew over the same parameters with the same settings, go on where *saved* was taken."""
     groups = optimizer.state_dict()["param_groups"]
     for group, rate in zip(groups, saved["rates"], strict=True):
@@ -107,6 +110,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
     optimizer.load_state_dict(
         {"param_groups": groups, "state": {int(number): moments for number, moments in saved["moments"].items()}}
     )
+    if scaling:
+        scaling.restore(saved["scaling"])
 
 
 def attacker_optimizer(
@@ -130,21 +135,19 @@ class Attacker:
         settings: AttackSettings | None = None,
         steps: int | None = None,
         rate_of: Callable[[str], float] = lambda name: 1.0,
-        processes: Processes = ALONE,
-        scaling: Scaling | None = None,
-        *,
-        eight_bit: bool = False,
+        how: Stepping = PLAIN,
     ) -> None:
         if not parameters:
             raise ValueError("the attack attached no parameters")
         settings = settings or AttackSettings()
         if steps is None and (settings.schedule != "constant" or settings.warmup):
             raise ValueError("a rate that changes needs to know the number of steps")
-        self.parameters, self.processes, self.scaling = list(parameters.values()), processes, scaling
-        processes.make_same(self.parameters)
+        self.parameters = list(parameters.values())
+        self.processes, self.scaling = how.processes, scaling_for(how.precision)
+        self.processes.make_same(self.parameters)
         self.max_grad_norm = rates.max_grad_norm
         groups = _groups(parameters, rates, rate_of)
-        self.optimizer = attacker_optimizer(settings, groups, rates.learning_rate, eight_bit=eight_bit)
+        self.optimizer = attacker_optimizer(settings, groups, rates.learning_rate, eight_bit=how.eight_bit)
         self.schedule = _schedule(settings, self.optimizer, steps or 0)
 
     def step(self, *losses: Callable[[], Tensor]) -> float:
@@ -158,19 +161,16 @@ class Attacker:
         """Everything that steps change."""
         return {
             "parameters": list(self.parameters),
-            "optimizer": optimizer_state(self.optimizer),
+            "optimizer": optimizer_state(self.optimizer, self.scaling),
             "steps": self.schedule.last_epoch,
-            "scaling": self.scaling.state() if self.scaling else None,
         }
 
     @torch.no_grad()
     def restore(self, saved: Mapping[str, Any]) -> None:
         for parameter, value in zip(self.parameters, saved["parameters"], strict=True):
             parameter.copy_(value)
-        restore_optimizer(self.optimizer, saved["optimizer"])
+        restore_optimizer(self.optimizer, saved["optimizer"], self.scaling)
         self.schedule.last_epoch = saved["steps"]
-        if self.scaling:
-            self.scaling.restore(saved["scaling"])
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], rates: Preset, rate_of: Callable[[str], float]) -> list[Group]:

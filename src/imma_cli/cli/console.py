@@ -32,6 +32,11 @@ def show_error(error: ImmaError) -> None:
         err.print(escape(error.hint), soft_wrap=True)
 
 
+def _leading(what: str) -> str:
+    """*what* as the beginning of a line that goes on with a reason."""
+    return what if what.endswith((".", ":")) else f"{what}:"
+
+
 class Refusals:
     """Runs checks one after the other, so that a user sees everything that is wrong at once."""
 
@@ -56,6 +61,8 @@ class Refusals:
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
-            reasons = [line for e in self.errors for line in ([f"{e.what} {r}" for r in e.reasons] or [e.what])]
+            reasons = [
+                line for e in self.errors for line in ([f"{_leading(e.what)} {r}" for r in e.reasons] or [e.what])
+            ]
             hints = dict.fromkeys(e.hint for e in self.errors if e.hint)
             raise ImmaError(self.what, reasons, "\n".join(hints) or None)

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imma_cli.cli.console import err
+from imma_cli.cli.progress import waiting
 from imma_cli.errors import ImmaError
 
 if TYPE_CHECKING:
     from imma_cli.attacks.attack import Attack
+    from imma_cli.checkpoints import Checkpoint
     from imma_cli.cli.hardening import HardeningSettings
+    from imma_cli.families.processes import Processes
     from imma_cli.families.recomputing import Recompute
     from imma_cli.families.runtime import Runtime
     from imma_cli.immunizers.estimate import Estimate
@@ -124,6 +127,30 @@ def plan(
         f"No settings fit: {free / 1e9:.1f} GB are free on {runtime.device}, and the smallest need {found.peak / 1e9:.1f} GB.",
         hint="Free memory, simulate fewer attacks (--attack lora alone), or take a larger device.",
     )
+
+
+def planned(
+    opened: Checkpoint,
+    attacks: Sequence[Attack],
+    settings: HardeningSettings,
+    runtime: Runtime,
+    asked: Saving,
+    processes: Processes,
+    *,
+    fit: bool,
+    named: bool,
+    concepts: int,
+    quiet: bool,
+) -> tuple[Saving, HardeningSettings, Estimate | None]:
+    """As `plan`, by the first of *processes* for all of them, and said; the others have no estimate."""
+    with waiting("Estimating memory", quiet=quiet):
+        found = None
+        if processes.first:
+            found = plan(opened.config, attacks, settings, runtime, asked, fit, named, concepts)
+        saving, settings, expected = processes.told(found) or (asked, settings, None)
+    if not quiet and expected:
+        say(expected, saving, settings, runtime, chosen=fit)
+    return saving, settings, expected
 
 
 def _smaller(settings: HardeningSettings) -> Iterator[HardeningSettings]:

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from imma_cli.cli import erasing, fitting, hardened, hardening, profiling, resuming
 from imma_cli.cli.console import Refusals, err, print_json
-from imma_cli.cli.inputs import beside, check_methods, check_unused, inputs
+from imma_cli.cli.inputs import beside, check_launched, check_methods, check_unused, inputs
 from imma_cli.cli.progress import waiting
 
 
@@ -142,14 +142,7 @@ def harden(
     quiet = json or rank > 0
     refusals = Refusals("The checkpoint cannot be hardened like this.")
     target = output or beside(checkpoint)
-    if several > 1 and device not in ("auto", "cpu", "cuda"):
-        refusals.add(
-            f"--device {device}: each of {several} processes has a device of its own. Give cuda, or leave it out."
-        )
-    if (accumulate or several) % several:
-        refusals.add(
-            f"--accumulate {accumulate} cannot be shared by {several} processes: give a multiple of {several}."
-        )
+    check_launched(refusals, several, device, accumulate)
     attacks, concepts, opened = inputs(
         refusals, checkpoint, config, attack or [], concept, images, default=method == "episodes"
     )
@@ -206,15 +199,18 @@ def harden(
     if not attack and (low_memory or large):
         attacks = hardening.without_copies(attacks, quiet=quiet)
     if settings and (fit or large or dry_run):
-        with waiting("Estimating memory", quiet=quiet):
-            found = (
-                fitting.plan(opened.config, attacks, settings, runtime, saving, fit, bool(attack), len(concept))
-                if processes.first
-                else None
-            )
-            saving, settings, expected = processes.told(found) or (saving, settings, None)
-        if not quiet and expected:
-            fitting.say(expected, saving, settings, runtime, chosen=fit)
+        saving, settings, expected = fitting.planned(
+            opened,
+            attacks,
+            settings,
+            runtime,
+            saving,
+            processes,
+            fit=fit,
+            named=bool(attack),
+            concepts=len(concept),
+            quiet=quiet,
+        )
         if saving.low_memory and not low_memory:
             attacks = hardening.without_copies(attacks, quiet=quiet)
     runtime = replace(runtime, halved=saving.low_memory)

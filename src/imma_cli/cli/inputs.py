@@ -50,6 +50,18 @@ def check_methods(
         refusals.add("--keep belongs to --method episodes and --erase uce: nothing else holds on to prompts.")
 
 
+def check_launched(refusals: Refusals, several: int, device: str, accumulate: int | None) -> None:
+    """What does not go with *several* processes that a launcher has started."""
+    if several > 1 and device not in ("auto", "cpu", "cuda"):
+        refusals.add(
+            f"--device {device}: each of {several} processes has a device of its own. Give cuda, or leave it out."
+        )
+    if (accumulate or several) % several:
+        refusals.add(
+            f"--accumulate {accumulate} cannot be shared by {several} processes: give a multiple of {several}."
+        )
+
+
 def check_unused(refusals: Refusals, given: Mapping[str, bool]) -> None:
     """Refuse options that hardening alone has a use for, where nothing is hardened; *given* says which were given."""
     useless = [option for option, is_given in given.items() if is_given]

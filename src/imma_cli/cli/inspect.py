@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from imma_cli.cli.console import out, print_json
 
@@ -40,7 +41,7 @@ def inspect(
     if json:
         print_json(report)
         return
-    table = Table(title=escape(str(found.path)), show_header=False, title_justify="left")
+    table = Table("", Column(overflow="fold"), title=escape(str(found.path)), show_header=False, title_justify="left")
     table.add_row("family", f"{found.family.title} ({found.architecture})")
     table.add_row("layout", found.layout)
     table.add_row("size", f"{found.size / 1e6:,.1f} MB")
@@ -58,10 +59,16 @@ def inspect(
         concepts = ", ".join(c["name"] for c in made.get("concepts", []))
         erased = (made.get("erase") or {}).get("method")
         done = [f"{concepts} erased by {erased}"] if erased else []
-        done += [f"hardened for {concepts} against {attacks}"] if attacks else []
+        done += [f"hardened for {concepts} against {attacks}{_how(made.get('settings', {}))}"] if attacks else []
         table.add_row("provenance", escape(f"imma {made.get('version')}: {', then '.join(done)}"))
         table.add_row("", f"from sha256 {made.get('input_sha256')}, seed {made.get('settings', {}).get('seed')}")
     out.print(table)
+
+
+def _how(settings: Mapping[str, Any]) -> str:
+    """The settings that say how far hardening went, of those that the record has."""
+    said = [f"{name} {settings[name]}" for name in ("method", "strength", "steps") if settings.get(name) is not None]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _is_attention(name: str) -> bool:

@@ -86,14 +86,16 @@ def show_one(
     if not settings:
         out.print("It has no settings.")
         return
+    # a value that somebody is to type is never shortened, however narrow the terminal
     table = Table(
-        *("setting", "type", "default", "meaning"),
-        *(["searched over"] if search is not None else []),
+        Column("setting", no_wrap=True),
+        *(Column(head, overflow="fold") for head in ("value", "default", "meaning")),
+        *([Column("searched over", overflow="fold")] if search is not None else []),
         title=f"settings: {escape(name)}:key=value,...",
         title_justify="left",
     )
     for s in settings:
-        row = [s.name, s.type, str(s.default), s.meaning]
+        row = [s.name, s.value, "" if s.default is None else str(s.default), s.meaning]
         if search is not None:
             row.append(_space(search[s.name]) if s.name in search else "")
         table.add_row(*map(escape, row))
@@ -108,7 +110,7 @@ def _space(space: Space) -> str:
     if isinstance(space, Choice):
         return ", ".join(map(str, (*space.options, *space.held_out)))
     by = " times the preset's" if space.of_preset else ""
-    return f"{space.low:g} to {space.high:g}{by}{', logarithmically' if space.log else ''}"
+    return f"{space.low:g} to {space.high:g}{by}{', log' if space.log else ''}"
 
 
 def _cell(value: object) -> str:

@@ -68,14 +68,20 @@ def encode(model: Model, images: Sequence[Image.Image]) -> Latents:
     return found
 
 
-@torch.no_grad()
 def conditioning_of(model: Model, captions: Sequence[str]) -> Tensor:
     """[N, tokens, D] for *captions*, each distinct one encoded once."""
-    distinct = list(dict.fromkeys(captions))
-    coded = _encoded(model, distinct)
-    return coded if len(distinct) == len(captions) else coded[[distinct.index(text) for text in captions]]
+    texts, rows = _distinct(captions)
+    coded = _encoded(model, texts)
+    return coded if len(texts) == len(rows) else coded[rows]
 
 
+def _distinct(captions: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The captions without repetitions, and which of those every one is."""
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    return list(numbers), [numbers[caption] for caption in captions]
+
+
+@torch.no_grad()
 def _encoded(model: Model, texts: Sequence[str]) -> Tensor:
     found: Tensor | None = None
     for i, text in enumerate(texts):
@@ -98,11 +104,8 @@ class TrainingSet:
     ) -> None:
         self.latents, self.device = latents, model.device
         self.captions = [attack.caption(concept, caption) for caption in concept.captions]
-        distinct = dict.fromkeys(self.captions)
-        self.conditioning = None if attack.trains_text else conditioning_of(model, list(distinct))
-        numbers = {caption: number for number, caption in enumerate(distinct)}
-        self.caption_rows = [numbers[caption] for caption in self.captions]
-        """Which of the distinct captions is a picture's."""
+        texts, self.caption_rows = _distinct(self.captions)
+        self.conditioning = None if attack.trains_text else _encoded(model, texts)
         self.timesteps = model.family.training_timesteps(model)
         self.batch_size = batch_size
         self.generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from imma_cli.attacks.attack import Attack
-from imma_cli.attacks.gradients import length, mean_gradient, require_finite, scaling_for
+from imma_cli.attacks.gradients import Stepping, length, mean_gradient, require_finite, scaling_for
 from imma_cli.attacks.training import Attacker, adamw, laid_out_as, optimizer_state, restore_optimizer, trainable
 from imma_cli.concepts.batches import Batch, TrainingSet
 from imma_cli.concepts.concept import Concept
@@ -75,6 +75,7 @@ class Defender:
         processes: Processes = ALONE,
     ) -> None:
         self.model, self.settings, self.retention, self.runtime = model, settings, retention, runtime
+        self.how = Stepping(processes, runtime.precision, settings.eight_bit)
         self.processes, self.scaling = processes, scaling_for(runtime.precision)
         self.named = protected_weights(model.unet, settings.protect)
         self.weights = list(self.named.values())
@@ -125,24 +126,21 @@ class Defender:
         """Everything that steps change."""
         return {
             "weights": list(self.weights),
-            "optimizer": optimizer_state(self.optimizer),
+            "optimizer": optimizer_state(self.optimizer, self.scaling),
             "multiplier": self.multiplier,
             "drift": self.drift,
             "generator": self.generator.get_state(),
             "moved": list(self.moved),
-            "scaling": self.scaling.state() if self.scaling else None,
         }
 
     @torch.no_grad()
     def restore(self, saved: Mapping[str, Any]) -> None:
         for weight, value in zip(self.weights, saved["weights"], strict=True):
             weight.copy_(value)
-        restore_optimizer(self.optimizer, saved["optimizer"])
+        restore_optimizer(self.optimizer, saved["optimizer"], self.scaling)
         self.multiplier, self.drift = saved["multiplier"], saved["drift"]
         self.generator.set_state(saved["generator"])
         self.moved = list(saved["moved"])
-        if self.scaling:
-            self.scaling.restore(saved["scaling"])
 
     def _missed(self, episode: Episode, batches: Sequence[Batch]) -> tuple[float, Sequence[Tensor | None]]:
         """The attacker's loss, and the gradient that takes away what he has gained."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from imma_cli.attacks.attack import Attack
-from imma_cli.attacks.gradients import NotFiniteError, scaling_for
+from imma_cli.attacks.gradients import NotFiniteError
 from imma_cli.attacks.training import Attacker
 from imma_cli.concepts.batches import Latents, TrainingSet, encode
 from imma_cli.concepts.concept import Concept
@@ -254,16 +254,7 @@ def episode_of(
             attack,
             chosen,
             attacked,
-            Attacker(
-                parameters,
-                attack.rates(attacked),
-                attack.settings,
-                steps,
-                attack.rate_of,
-                defender.processes,
-                scaling_for(defender.runtime.precision),
-                eight_bit=settings.eight_bit,
-            ),
+            Attacker(parameters, attack.rates(attacked), attack.settings, steps, attack.rate_of, defender.how),
             TrainingSet(
                 attacked,
                 attack,

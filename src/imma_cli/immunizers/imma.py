@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from imma_cli.attacks.attack import Attack
-from imma_cli.attacks.gradients import Scaling, scaling_for
+from imma_cli.attacks.gradients import Stepping, scaling_for
 from imma_cli.attacks.training import Attacker, adamw, gradient_step, optimizer_state, restore_optimizer
 from imma_cli.concepts.batches import Batch, Latents, TrainingSet, encode
 from imma_cli.concepts.concept import Concept
@@ -158,10 +158,10 @@ def immunize(
     result = Immunized({})
     with put_back(list(protected.values())), ExitStack() as stack:
         processes.make_same(protected.values())
-        turns = _attach_all(stack, model, attacks, concepts, settings, protected, runtime, processes)
+        how = Stepping(processes, runtime.precision, settings.eight_bit)
+        turns = _attach_all(stack, model, attacks, concepts, settings, protected, runtime, how)
         on_encoded()
-        rate, scaling = turns[0].outer_learning_rate, scaling_for(runtime.precision)
-        outer = Outer(list(protected.values()), rate, processes, scaling, eight_bit=settings.eight_bit)
+        outer = Outer(list(protected.values()), turns[0].outer_learning_rate, how)
         if saved := keeper.begin():
             result.restore(saved["result"], model.device)
             _restore(saved.pop("players"), protected, outer, turns)
@@ -178,17 +178,9 @@ def immunize(
 class Outer:
     """The defender's side: S_u and its optimizer."""
 
-    def __init__(
-        self,
-        weights: Sequence[nn.Parameter],
-        learning_rate: float,
-        processes: Processes,
-        scaling: Scaling | None,
-        *,
-        eight_bit: bool,
-    ) -> None:
-        self.weights, self.processes, self.scaling = weights, processes, scaling
-        self.optimizer = adamw(weights, learning_rate, eight_bit=eight_bit)
+    def __init__(self, weights: Sequence[nn.Parameter], learning_rate: float, how: Stepping) -> None:
+        self.weights, self.processes, self.scaling = weights, how.processes, scaling_for(how.precision)
+        self.optimizer = adamw(weights, learning_rate, eight_bit=how.eight_bit)
 
     def step(self, turn: Turn) -> float:
         """One step up on the loss of the concept, at the rate of the attack whose turn it is."""
@@ -199,13 +191,10 @@ class Outer:
         return -gradient_step(self.optimizer, self.weights, losses, norm, self.processes, self.scaling)
 
     def state(self) -> State:
-        scaling = self.scaling.state() if self.scaling else None
-        return {"optimizer": optimizer_state(self.optimizer), "scaling": scaling}
+        return optimizer_state(self.optimizer, self.scaling)
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        restore_optimizer(self.optimizer, saved["optimizer"])
-        if self.scaling:
-            self.scaling.restore(saved["scaling"])
+        restore_optimizer(self.optimizer, saved, self.scaling)
 
 
 def _negative(loss_of: Callable[[], Tensor]) -> Tensor:
@@ -251,7 +240,7 @@ def _attach_all(
     settings: ImmunizerSettings,
     protected: dict[str, nn.Parameter],
     runtime: Runtime,
-    processes: Processes,
+    how: Stepping,
 ) -> list[Turn]:
     kept = {id(weight) for weight in protected.values()}
     turns: list[Turn] = []
@@ -274,16 +263,7 @@ def _attach_all(
                     attack,
                     chosen,
                     shared,
-                    Attacker(
-                        parameters,
-                        rates,
-                        attack.settings,
-                        cycles,
-                        attack.rate_of,
-                        processes,
-                        scaling_for(runtime.precision),
-                        eight_bit=settings.eight_bit,
-                    ),
+                    Attacker(parameters, rates, attack.settings, cycles, attack.rate_of, how),
                     batches,
                     rates.outer_learning_rate if settings.outer_learning_rate is None else settings.outer_learning_rate,
                     cycles,

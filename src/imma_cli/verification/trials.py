@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from imma_cli.attacks.gradients import NotFiniteError, scaling_for
+from imma_cli.attacks.gradients import NotFiniteError, Stepping
 from imma_cli.attacks.settings import record
 from imma_cli.attacks.training import Attacker
 from imma_cli.concepts.batches import TrainingSet, encode
@@ -104,8 +104,8 @@ def run_trial(
     own = ATTACKER_SEEDS + seed
     with attack.attach(model, concept, own) as parameters:
         rates = attack.rates(model)
-        scaling = scaling_for(runtime.precision)
-        attacker = Attacker(parameters, rates, attack.settings, steps, attack.rate_of, scaling=scaling)
+        how = Stepping(precision=runtime.precision)
+        attacker = Attacker(parameters, rates, attack.settings, steps, attack.rate_of, how)
         batches = iter(TrainingSet(model, attack, concept, latents, seed=own, batch_size=batch_size))
         # the judging noise is the same for every seed: it is the yardstick, not a part of the trial
         probes = _probes(TrainingSet(model, attack, judge, judged, seed=12345))
