@@ -245,7 +245,7 @@ def test_a_write_that_fails_leaves_nothing(
     opened = open_checkpoint(tiny_checkpoint, tiny_config)
     weights = moved(opened.load())
     monkeypatch.setattr(writing_module, "atomic_file", atomic_file)
-    monkeypatch.setattr("imma_cli.checkpoints.atomic._flush", lambda path: (_ for _ in ()).throw(failure("stop")))
+    monkeypatch.setattr("imma_cli.checkpoints.atomic.flush", lambda path: (_ for _ in ()).throw(failure("stop")))
     output = tmp_path / "out.safetensors"
     output.write_bytes(b"mine")
     with pytest.raises((failure, ImmaError)):

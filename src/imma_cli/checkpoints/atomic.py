@@ -80,10 +80,10 @@ def atomic_file(output: Path, *, force: bool = False) -> Iterator[Path]:
     """
     with _temporary(output, force) as temporary, being_written(temporary, folder=False):
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         _refuse_existing(output, force)
         temporary.replace(output)
-        _flush(output.absolute().parent)
+        flush(output.absolute().parent)
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def atomic_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
     with _temporary(output, force) as temporary, being_written(temporary, folder=True):
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
+            flush(path)
         _refuse_existing(output, force)
         if output.exists():
             aside = _sibling(output, ".earlier")  # no half-written one: it may be the only good one for a moment
@@ -108,7 +108,7 @@ def atomic_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             temporary.rename(output)
-        _flush(output.absolute().parent)
+        flush(output.absolute().parent)
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def _refuse_existing(output: Path, force: bool) -> None:
         raise ImmaError(f"cannot write {output}", ["it exists already (--force overwrites it)"])
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """What was written to *path* reaches the disk before the rename does."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
         return

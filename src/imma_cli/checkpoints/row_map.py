@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +30,25 @@ class RowMap:
     keys: tuple[str, ...]
     starts: Tensor
     """Number of each key's first row, and at the end the number of all rows: int64 [keys + 1]."""
+    _found: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False, compare=False)
 
     def sources(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
         """Per key that the weight *name* comes from: row numbers in the key, and in the weight."""
+        if name not in self._found:  # every weight is asked for several times
+            self._found[name] = self._sources(name)
+        return self._found[name]
+
+    def whole(self, name: str) -> str | None:
+        """The key that is the weight *name*, row for row, if there is one."""
+        sources = self.sources(name)
+        if len(sources) > 1:
+            return None
+        ((key, (taken, _)),) = sources.items()
+        number = self.keys.index(key)
+        length = int(self.starts[number + 1] - self.starts[number])
+        return key if torch.equal(taken, torch.arange(length)) else None
+
+    def _sources(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
         numbers = self.rows[name]
         owners = torch.searchsorted(self.starts, numbers, right=True) - 1
         found = {}
@@ -53,7 +69,11 @@ class RowMap:
 
         *original* gives a key's present tensor: its shape and dtype, and the values of rows that no given weight covers.
         """
-        found = original(key).clone(memory_format=torch.contiguous_format)
+        present = original(key)
+        for name, weight in weights.items():
+            if self.whole(name) == key:
+                return weight.detach().reshape(present.shape).to(present)
+        found = present.clone(memory_format=torch.contiguous_format)
         target = found.view(found.shape[0], -1)
         for name, weight in weights.items():
             if key in (sources := self.sources(name)):

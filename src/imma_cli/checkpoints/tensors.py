@@ -22,10 +22,15 @@ DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F
 
 def read_tensor(path: Path, header: Header, entry: Entry) -> Tensor:
     """One tensor of a safetensors file, in the file's dtype."""
-    with path.open("rb") as file:
+    data = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+    with path.open("rb", buffering=0) as file:
         file.seek(header.data_start + entry.start)
-        data = bytearray(file.read(entry.end - entry.start))
-    return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+        rest = memoryview(data.numpy())  # type: ignore[arg-type]
+        while rest:
+            if not (count := file.readinto(rest)):
+                raise OSError(f"{path} became shorter while it was read")
+            rest = rest[count:]
+    return data.view(DTYPES[entry.dtype]).view(entry.shape)
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -56,12 +61,10 @@ class Float32Weights:
 
     def get(self, name: str, shape: Shape, *, mapped: bool = True) -> Tensor:
         """The weight *name*, which has *shape* in the model."""
-        sources = self.rows.sources(name)
-        key, (taken, _) = next(iter(sources.items()))
-        if len(sources) == 1 and torch.equal(taken, torch.arange(self.entries[key][1].shape[0])):
+        if key := self.rows.whole(name):
             return self._read(key, mapped).reshape(shape)
         whole = torch.empty(shape).view(shape[0], -1)
-        for key, (taken, within) in sources.items():
+        for key, (taken, within) in self.rows.sources(name).items():
             whole[within] = self._read(key, mapped).flatten(1)[taken]
         return whole.view(shape)
 
@@ -90,14 +93,23 @@ class Scattered(Mapping[str, Tensor]):
                 self.names.setdefault(key, []).append(name)
 
     def __getitem__(self, key: str) -> Tensor:
+        return self.made(key, self.original(key))
+
+    def made(self, key: str, original: Tensor) -> Tensor:
+        """The tensor of *key*, which is *original* in the checkpoint."""
         own = {name: self.weights[name] for name in self.names[key]}
-        return self.rows.scatter(own, self.original, key)
+        return self.rows.scatter(own, lambda _: original, key)
 
     def __iter__(self) -> Any:
         return iter(self.names)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def cast(self, key: str) -> bool:
+        """Whether a weight in *key* has another dtype than the file."""
+        dtype = DTYPES[self.place(key)[1].dtype]
+        return any(self.weights[name].dtype != dtype for name in self.names[key])
 
     def original(self, key: str) -> Tensor:
         """The key's tensor as it is in the checkpoint."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from imma_cli.checkpoints.atomic import atomic_file, atomic_folder
+from imma_cli.checkpoints.atomic import atomic_file, atomic_folder, flush
 from imma_cli.checkpoints.checkpoint import PROVENANCE, Checkpoint, WeightFile, WriteReport
 from imma_cli.checkpoints.folder import WEIGHTS, part_files
 from imma_cli.checkpoints.row_map import convert, row_map, state_dict_shapes
-from imma_cli.checkpoints.safetensors_file import read_header, rewrite
+from imma_cli.checkpoints.safetensors_file import Header, read_header, rewrite
 from imma_cli.checkpoints.tensors import Scattered, all_finite, read_tensor
 from imma_cli.checkpoints.topology import PREFIXES, dimensions
 from imma_cli.errors import ImmaError
@@ -36,7 +37,7 @@ def write(
     by_part = _by_part(checkpoint, changed)
     # whatever is made below is made for one key at a time: a model may be as large as the memory
     replaced = {part: Scattered(checkpoint, part, weights) for part, weights in by_part.items()}
-    tensors, parameters = _differing(replaced)
+    differing = Differing(replaced)
 
     def rewrite_file(file: WeightFile, target: Path) -> None:
         own = {key: part for part, keys in replaced.items() for key in keys if replaced[part].place(key)[0] is file}
@@ -45,7 +46,7 @@ def write(
             file.path,
             file.header,
             target,
-            lambda key: replaced[own[key]][key] if key in own else None,
+            lambda key: differing.note(own[key], key) if key in own else None,
             frozenset(checkpoint.ema_keys),
             metadata,
         )
@@ -54,6 +55,7 @@ def write(
         dropped = checkpoint.ema_keys
         with atomic_file(output, force=force) as temporary:
             rewrite_file(checkpoint.files[0], temporary)
+            differing.require_finite()
             _verify(checkpoint, {checkpoint.files[0]: temporary}, replaced)
     else:
         dropped = tuple(_unhardened_files(checkpoint, by_part))
@@ -67,8 +69,9 @@ def write(
             for file, target in places.items():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 rewrite_file(file, target)
+            differing.require_finite()
             _verify(checkpoint, places, replaced)
-    return WriteReport(output, tensors, parameters, dropped)
+    return WriteReport(output, differing.tensors, differing.parameters, dropped)
 
 
 def _by_part(checkpoint: Checkpoint, changed: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -101,26 +104,35 @@ def _by_part(checkpoint: Checkpoint, changed: Mapping[str, Tensor]) -> dict[str,
     return by_part
 
 
-def _differing(replaced: Mapping[str, Scattered]) -> tuple[int, int]:
-    """In how many tensors and single values the new ones differ.
+class Differing:
+    """In how many tensors and single values the new ones differ, counted as each is written: making them twice takes its time."""
 
-    Raises ImmaError for values that were finite in float32, and are no longer in the file's dtype.
-    """
-    tensors = parameters = 0
-    reasons = []
-    for keys in replaced.values():
-        for key, tensor in keys.items():
-            if not all_finite(tensor):
-                dtype, largest = keys.place(key)[1].dtype, torch.finfo(tensor.dtype).max
-                reasons.append(f"{key} has values that do not fit its dtype {dtype}, whose largest is {largest:g}")
-            differing = int((tensor != keys.original(key)).sum())
-            tensors += differing > 0
-            parameters += differing
-    if reasons:
-        raise ImmaError(
-            "cannot write the changed weights", reasons[:NAMED], hint="Harden the model's float32 release instead."
-        )
-    return tensors, parameters
+    def __init__(self, replaced: Mapping[str, Scattered]) -> None:
+        self.replaced = replaced
+        self.tensors = self.parameters = 0
+        self.reasons: list[str] = []
+
+    def note(self, part: str, key: str) -> Tensor:
+        """The new tensor of *key*."""
+        keys = self.replaced[part]
+        original = keys.original(key)
+        tensor = keys.made(key, original)
+        if keys.cast(key) and not all_finite(tensor):  # as given, all are
+            dtype, largest = keys.place(key)[1].dtype, torch.finfo(tensor.dtype).max
+            self.reasons.append(f"{key} has values that do not fit its dtype {dtype}, whose largest is {largest:g}")
+        differing = int(torch.count_nonzero(tensor != original))
+        self.tensors += differing > 0
+        self.parameters += differing
+        return tensor
+
+    def require_finite(self) -> None:
+        """Raises ImmaError where values were finite in float32, and are no longer in the file's dtype."""
+        if self.reasons:
+            raise ImmaError(
+                "cannot write the changed weights",
+                self.reasons[:NAMED],
+                hint="Harden the model's float32 release instead.",
+            )
 
 
 def _verify(checkpoint: Checkpoint, written: Mapping[WeightFile, Path], replaced: Mapping[str, Scattered]) -> None:
@@ -129,6 +141,19 @@ def _verify(checkpoint: Checkpoint, written: Mapping[WeightFile, Path], replaced
     Raises RuntimeError otherwise: that is a fault of this program, not of its input.
     """
     headers = {file: read_header(path) for file, path in written.items()}
+    with ThreadPoolExecutor(max_workers=1) as beside:  # the disk writes, the processor compares
+        flushed = [beside.submit(flush, path) for path in written.values()]
+        _compare(checkpoint, written, headers, replaced)
+    for each in flushed:
+        each.result()
+
+
+def _compare(
+    checkpoint: Checkpoint,
+    written: Mapping[WeightFile, Path],
+    headers: Mapping[WeightFile, Header],
+    replaced: Mapping[str, Scattered],
+) -> None:
     for part, keys in replaced.items():
         # the others stand in, and take no memory
         absent = {key: torch.zeros(()).expand(entry.shape) for key, (_, entry) in checkpoint.entries[part].items()}
