@@ -45,8 +45,9 @@ def test_harden_writes_a_file_that_differs_in_attention_alone(
     assert (record["settings"]["seed"], record["concepts"][0]["name"]) == (4, "blue style")
     assert len(record["concepts"][0]["sha256"]) == 6
     code, out, _ = imma("inspect", target, "--config", tiny_config)
-    assert "hardened for blue style against lora, dreambooth (method episodes, strength medium, steps 8)" in " ".join(
-        out.replace("│", "").split()
+    assert (
+        "hardened for blue style against lora, dreambooth (method episodes, strength medium, at most 8 steps)"
+        in " ".join(out.replace("│", "").split())
     )
 
     from diffusers import StableDiffusionPipeline

@@ -9,15 +9,16 @@ from statistics import fmean
 
 from cases import UNDEFENDED
 from figures import APART, Figures, Line, curve, prevented_share
+from matplotlib import rcParams
+from matplotlib.figure import Figure
 
+rcParams["svg.hashsalt"] = "imma"  # the same lines give the same file
 GOAL_UNTOUCHED, GOAL_BENIGN = 0.95, 0.05
-"""What a defence may cost at most."""
+"""Untouched similarity is to stay above the one, benign SGR below the other."""
 
 
 def plot(found: Sequence[Figures], lines: Iterable[Line], folder: Path) -> list[Path]:
     """For each case one picture: loss along the budget of the attack that got most, and price against resistance."""
-    from matplotlib.figure import Figure
-
     everything = list(lines)
     written = []
     for case in dict.fromkeys(each.case for each in found):
@@ -51,7 +52,7 @@ def plot(found: Sequence[Figures], lines: Iterable[Line], folder: Path) -> list[
             if kept is not None:
                 prices.scatter([kept], [100 * least])
                 prices.annotate(each.row, (kept, 100 * least), xytext=(4, 4), textcoords="offset points")
-        prices.axvline(0.95, color="grey", linewidth=0.8)
+        prices.axvline(GOAL_UNTOUCHED, color="grey", linewidth=0.8)
         prices.set(xlabel="untouched similarity", ylabel="least gain prevented, %")
         prices.set_title("price and resistance", fontsize=9)
         path = folder / f"resistance-{case}.svg"
@@ -62,15 +63,19 @@ def plot(found: Sequence[Figures], lines: Iterable[Line], folder: Path) -> list[
 
 def trade_off(groups: Mapping[str, Sequence[Figures]], named: Mapping[str, str], path: Path) -> None:
     """What every variant prevents, on average over the attacks, against both prices; *named* are labelled, by row."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for (label, found), marker in zip(groups.items(), "o^.v", strict=False):
-        points = [(each, _costs(each), _prevented(each)) for each in found]
+    for (label, found), marker in zip(groups.items(), "o^.", strict=True):
+        points = [(each, _costs(each), _prevented(each)) for each in found if _shares(each)]
         for axis, panel in enumerate(panels):
             shown = [(costs[axis], prevented) for _, costs, prevented in points if costs[axis] is not None]
-            panel.scatter(*zip(*shown, strict=True), marker=marker, label=label, color="0.6" if marker == "." else None)
+            panel.scatter(
+                [x for x, _ in shown],
+                [y for _, y in shown],
+                marker=marker,
+                label=label,
+                color="0.6" if marker == "." else None,
+            )
             for each, costs, prevented in points:
                 if costs[axis] is not None and each.row in named and marker != ".":
                     at = (costs[axis], prevented)
@@ -95,6 +100,11 @@ def _costs(each: Figures) -> tuple[float | None, float | None]:
     return untouched, None if price is None or price[2].estimate is None else 100 * price[2].estimate
 
 
-def _prevented(each: Figures) -> float:
+def _shares(each: Figures) -> list[float]:
+    """The shares of their gain that attacks which work do not get."""
     shares = [a.prevented.estimate for a in each.harmful if a.found not in APART and a.works]
-    return 100 * fmean(share for share in shares if share is not None)
+    return [share for share in shares if share is not None]
+
+
+def _prevented(each: Figures) -> float:
+    return 100 * fmean(_shares(each))

@@ -27,8 +27,8 @@ class SettingHelp:
     name: str
     type: str
     """As it stands in the source."""
-    value: str
-    """In words."""
+    accepts: str
+    """What may be given, in words."""
     default: Any
     meaning: str
 
@@ -124,7 +124,9 @@ def in_words(hint: Any) -> str:
         return f"{', '.join(others)} or {last}" if others else last
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(in_words(part) for part in get_args(hint) if part is not NoneType)
-    return WORDS[hint] if hint in WORDS else str(getattr(hint, "__name__", hint))
+    if isinstance(hint, type) and get_origin(hint) is None:
+        return WORDS.get(hint, hint.__name__)
+    return str(hint).replace("typing.", "")
 
 
 def describe(settings: type[PluginSettings]) -> list[SettingHelp]:

@@ -7,8 +7,10 @@ written keeps the order, the dtypes and the bytes of the original.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -240,6 +242,16 @@ def as_bytes(value: Tensor | bytes) -> bytes | memoryview:
 
 
 def _copy(source: IO[bytes], target: IO[bytes], length: int) -> None:
+    if hasattr(os, "copy_file_range"):  # the bytes need not come by
+        target.flush()
+        try:
+            while length and (count := os.copy_file_range(source.fileno(), target.fileno(), length, source.tell())):
+                source.seek(count, os.SEEK_CUR)
+                length -= count
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+        target.seek(0, os.SEEK_END)
     while length:
         data = source.read(min(CHUNK, length))
         if not data:

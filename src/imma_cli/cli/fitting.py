@@ -141,14 +141,16 @@ def planned(
     named: bool,
     concepts: int,
     quiet: bool,
-) -> tuple[Saving, HardeningSettings, Estimate | None]:
-    """As `plan`, by the first of *processes* for all of them, and said; the others have no estimate."""
+) -> tuple[Saving, HardeningSettings, Estimate]:
+    """As `plan`, by the first of *processes* for all of them, and said."""
     with waiting("Estimating memory", quiet=quiet):
         found = None
         if processes.first:
             found = plan(opened.config, attacks, settings, runtime, asked, fit, named, concepts)
-        saving, settings, expected = processes.told(found) or (asked, settings, None)
-    if not quiet and expected:
+        told = processes.told(found)
+        assert told is not None
+    saving, settings, expected = told
+    if not quiet:
         say(expected, saving, settings, runtime, chosen=fit)
     return saving, settings, expected
 

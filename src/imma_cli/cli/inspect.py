@@ -66,8 +66,9 @@ def inspect(
 
 
 def _how(settings: Mapping[str, Any]) -> str:
-    """The settings that say how far hardening went, of those that the record has."""
-    said = [f"{name} {settings[name]}" for name in ("method", "strength", "steps") if settings.get(name) is not None]
+    """The settings that say how far hardening was to go, of those that the record has."""
+    said = [f"{name} {settings[name]}" for name in ("method", "strength") if settings.get(name) is not None]
+    said += [f"at most {settings['steps']} steps"] if settings.get("steps") is not None else []
     return f" ({', '.join(said)})" if said else ""
 
 

@@ -95,7 +95,7 @@ def show_one(
         title_justify="left",
     )
     for s in settings:
-        row = [s.name, s.value, "" if s.default is None else str(s.default), s.meaning]
+        row = [s.name, s.accepts, "" if s.default is None else str(s.default), s.meaning]
         if search is not None:
             row.append(_space(search[s.name]) if s.name in search else "")
         table.add_row(*map(escape, row))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from imma_cli.immunizers.keeper import FileKeeper
     from imma_cli.immunizers.state import SavedState
 
+LAYOUT = 2
+"""Of the states themselves: one that was written in another cannot be read."""
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
@@ -42,7 +44,7 @@ def command_of(provenance: Mapping[str, Any], config: Path, **besides: Any) -> d
     if provenance["settings"].get("eight_bit"):
         packages["bitsandbytes"] = version("bitsandbytes")
     packages |= {found[a["name"]].distribution: found[a["name"]].version for a in provenance["attacks"]}
-    command = {**provenance, **besides, "configuration": _digest(config), "packages": packages}
+    command = {**provenance, **besides, "configuration": _digest(config), "packages": packages, "layout": LAYOUT}
     # which of several GPUs it is makes no difference, and another process has another one
     runtime = provenance["runtime"]
     command["runtime"] = {**runtime, "device": runtime["device"].partition(":")[0]}
