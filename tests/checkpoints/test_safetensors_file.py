@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +125,27 @@ def test_rewriting_keeps_the_headers_order_and_the_datas_order(tmp_path: Path) -
     assert load_file(target)["m"].item() == 1.5
 
 
-def test_a_file_rewritten_without_changes_is_what_the_library_wrote(tmp_path: Path) -> None:
+def few_bytes(source: int, target: int, count: int, offset: int) -> int:
+    return os.pwrite(target, os.pread(source, min(count, 5), offset), os.lseek(target, 0, os.SEEK_END))
+
+
+def another_file_system(*_: object) -> int:
+    raise OSError(errno.EXDEV, "another file system")
+
+
+def half_way(source: int, target: int, count: int, offset: int) -> int:
+    """As on file systems that refuse after some calls."""
+    return few_bytes(source, target, count, offset) if offset % 2 else another_file_system()
+
+
+@pytest.mark.parametrize("copies", [None, few_bytes, another_file_system, half_way])
+def test_a_file_rewritten_without_changes_is_what_the_library_wrote(
+    copies: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if copies and not hasattr(os, "copy_file_range"):
+        pytest.skip("only Linux copies files inside the kernel")
+    if copies:
+        monkeypatch.setattr(os, "copy_file_range", copies)
     source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file({"b": torch.randn(3, 5), "a": torch.arange(7), "s": torch.tensor(2.0)}, source, {"format": "pt"})
     header = read_header(source)
