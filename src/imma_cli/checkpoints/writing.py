@@ -6,7 +6,9 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,14 +44,15 @@ def write(
     def rewrite_file(file: WeightFile, target: Path) -> None:
         own = {key: part for part, keys in replaced.items() for key in keys if replaced[part].place(key)[0] is file}
         metadata = {**file.header.metadata, PROVENANCE: record}
-        rewrite(
-            file.path,
-            file.header,
-            target,
-            lambda key: differing.note(own[key], key) if key in own else None,
-            frozenset(checkpoint.ema_keys),
-            metadata,
-        )
+        with _flushing(target):
+            rewrite(
+                file.path,
+                file.header,
+                target,
+                lambda key: differing.note(own[key], key) if key in own else None,
+                frozenset(checkpoint.ema_keys),
+                metadata,
+            )
 
     if checkpoint.layout == "single-file":
         dropped = checkpoint.ema_keys
@@ -72,6 +75,25 @@ def write(
             differing.require_finite()
             _verify(checkpoint, places, replaced)
     return WriteReport(output, differing.tensors, differing.parameters, dropped)
+
+
+@contextmanager
+def _flushing(path: Path) -> Iterator[None]:
+    """Inside, what is written to *path* goes to the disk while more is being made."""
+    done = Event()
+
+    def flush_now_and_then() -> None:
+        while not done.wait(0.5):
+            if path.exists():
+                flush(path)
+
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        flushed = beside.submit(flush_now_and_then)
+        try:
+            yield
+        finally:
+            done.set()
+        flushed.result()
 
 
 def _by_part(checkpoint: Checkpoint, changed: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
