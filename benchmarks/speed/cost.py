@@ -208,6 +208,8 @@ def main() -> None:
     if args.child:
         print(json.dumps(child(args.work, args.child[0], int(args.child[1]))))
         return
+    if unknown := set(args.growing.split(",")) - GROWING.keys():
+        parser.error(f"--growing: {', '.join(sorted(unknown))} does not grow; there are {', '.join(GROWING)}")
     if not args.draw:
         args.work.mkdir(parents=True, exist_ok=True)
         measure(args.work, args.growing.split(","))
