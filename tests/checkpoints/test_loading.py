@@ -293,7 +293,7 @@ class TestRowMap:
         split = RowMap(rows, ("qkv", "bias"), torch.tensor([0, 6, 8]))
         file = {"qkv": torch.zeros(6, 3, dtype=torch.float16), "bias": torch.zeros(2)}
         given = {"v": torch.full((2, 3), 2.0), "bias": torch.tensor([1.0, 2.0])}
-        scattered = {key: split.scatter(given, file.__getitem__, key) for key in file}
+        scattered = {key: split.scatter(given, tensor, key) for key, tensor in file.items()}
         assert scattered["qkv"].dtype == torch.float16
         assert scattered["qkv"].tolist() == [[0.0] * 3] * 4 + [[2.0] * 3] * 2
         assert scattered["bias"].tolist() == [2.0, 1.0]  # swapped in the file

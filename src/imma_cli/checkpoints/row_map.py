@@ -8,7 +8,7 @@ scattered back into them. This is the only module that touches diffusers' privat
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -64,12 +64,11 @@ class RowMap:
             (found[name],) = self.sources(name)
         return found
 
-    def scatter(self, weights: Mapping[str, Tensor], original: Callable[[str], Tensor], key: str) -> Tensor:
+    def scatter(self, weights: Mapping[str, Tensor], present: Tensor, key: str) -> Tensor:
         """The tensor of *key* after the *weights* took their places in it, cast to its dtype.
 
-        *original* gives a key's present tensor: its shape and dtype, and the values of rows that no given weight covers.
+        *present* is what the key holds now: its shape and dtype, and the values of rows that no given weight covers.
         """
-        present = original(key)
         for name, weight in weights.items():
             if self.whole(name) == key:
                 return weight.detach().reshape(present.shape).to(present)

@@ -98,7 +98,7 @@ class Scattered(Mapping[str, Tensor]):
     def made(self, key: str, original: Tensor) -> Tensor:
         """The tensor of *key*, which is *original* in the checkpoint."""
         own = {name: self.weights[name] for name in self.names[key]}
-        return self.rows.scatter(own, lambda _: original, key)
+        return self.rows.scatter(own, original, key)
 
     def __iter__(self) -> Any:
         return iter(self.names)
