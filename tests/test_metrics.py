@@ -276,7 +276,7 @@ def test_everything_wrong_with_metrics_is_said_at_once() -> None:
     wrong = {
         "efnet": "Did you mean effnet",
         "clip:modle=x": "no setting 'modle'; did you mean model",
-        "pixel:side=wide": "side='wide' is no int",
+        "pixel:side=wide": "side='wide' is not a whole number",
         "ssim:side=8": "side must be from 32 to 2048, not 8",
         "lpips:net=resnet": "net must be alex or vgg",
         "effnet:size=3": "no setting 'size'; there are: none",
