@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ import torch
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
 from imma_cli.cli import fitting
+from imma_cli.errors import ImmaError
 from imma_cli.families import CONFIGS
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.estimate import estimate
 from imma_cli.immunizers.imma import ImmunizerSettings
+from imma_cli.immunizers.keeper import FileKeeper
 from imma_cli.immunizers.settings import EpisodesSettings
 
 CPU = Runtime("cpu", "sdpa", "fp32")
@@ -109,6 +112,40 @@ def test_fit_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> Non
     assert chosen(needs[0] + 1) == fitting.Saving()
     assert chosen(needs[0] - 1) != fitting.Saving()
     assert chosen(min(needs) + 1).low_memory
+
+
+def test_fit_goes_on_as_the_interrupted_run_began(
+    imma, tiny_checkpoint, tiny_config, pictures, tmp_path, monkeypatch
+) -> None:
+    """Memory that has become free since then, or scarce, is no reason to lose the saved state."""
+    attacks = parse_attacks(["lora"], discover())
+    needs = [fitting.expected(tiny_config, attacks, SETTINGS, CPU, saving).peak for saving in fitting.LADDER]
+    command = [
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue", "--images", pictures, "--fit", "--method", "imma",
+        "--attack", "lora", "--device", "cpu", "--steps", 12, "--output", tmp_path / "hard.safetensors",
+    ]  # fmt: skip
+
+    def run(free: float, *more: str) -> str:
+        monkeypatch.setattr(fitting, "free_memory", lambda runtime: free / fitting.SPARE)
+        code, _, err = imma(*command, *more)
+        assert code == 0, err
+        return " ".join(err.split())
+
+    offer = FileKeeper.offer
+
+    def interrupted(self: FileKeeper, state: Any) -> None:
+        self.due = 0  # saves at once
+        offer(self, state)
+        raise ImmaError("The power fails.")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(FileKeeper, "offer", interrupted)
+        failing.setattr(fitting, "free_memory", lambda runtime: (needs[1] + 1) / fitting.SPARE)
+        code, _, err = imma(*command)
+        assert (code, "The power fails." in err) == (2, True), err
+    said = run(needs[0] + 1, "--resume")
+    assert "at most with --low-memory" in said
+    assert "after 1 cycles" in said
 
 
 def test_where_saving_is_not_enough_moments_take_8_bits_and_batches_are_split(

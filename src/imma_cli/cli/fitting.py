@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from imma_cli.cli.console import err
 from imma_cli.cli.progress import waiting
@@ -100,22 +100,26 @@ def plan(
     fit: bool,
     named: bool,
     concepts: int = 1,
+    begun: Mapping[str, Any] | None = None,
 ) -> tuple[Saving, HardeningSettings, Estimate]:
     """What is done to save memory, the settings with it, and the estimate.
 
     With *fit*, the fastest that holds what was *asked* and fits what is free: where nothing else helps, AdamW's moments are
     held in 8 bits too, and a batch of the published method's becomes several smaller ones.
 
-    *named*: the user named the attacks, so none is left out for it.
+    *named*: the user named the attacks, so none is left out for it. *begun* is the command of a saved state that is to be
+    gone on from: what its result depends on is chosen as it was then.
 
     Raises:
         ImmaError: nothing fits.
     """
     if not fit:
         return asked, settings, expected(config, attacks, settings, runtime, asked, concepts)
-    free = free_memory(runtime)
+    free, found = free_memory(runtime), None
     for saving, tried_settings in ((saving, each) for each in _smaller(settings) for saving in LADDER):
         if asked.low_memory > saving.low_memory or asked.gradient_checkpointing > saving.gradient_checkpointing:
+            continue
+        if begun and not _as_begun(begun, saving, tried_settings):
             continue
         tried = [a for a in attacks if not a.in_place] if saving.low_memory else attacks
         if saving.low_memory and ((named and len(tried) < len(attacks)) or settings.protect == "unet"):
@@ -123,6 +127,11 @@ def plan(
         found = expected(config, tried, tried_settings, runtime, saving, concepts)
         if found.peak <= SPARE * free:
             return saving, tried_settings, found
+    if found is None:
+        raise ImmaError(
+            "--fit has no choice that goes on from the saved state: it is another command's.",
+            hint="Give the same options as then, or leave out --resume to start from the beginning.",
+        )
     raise ImmaError(
         f"No settings fit: {free / 1e9:.1f} GB are free on {runtime.device}, and the smallest need {found.peak / 1e9:.1f} GB.",
         hint="Free memory, simulate fewer attacks (--attack lora alone), or take a larger device.",
@@ -140,19 +149,32 @@ def planned(
     fit: bool,
     named: bool,
     concepts: int,
+    begun: Mapping[str, Any] | None = None,
     quiet: bool,
 ) -> tuple[Saving, HardeningSettings, Estimate]:
     """As `plan`, by the first of *processes* for all of them, and said."""
     with waiting("Estimating memory", quiet=quiet):
         found = None
         if processes.first:
-            found = plan(opened.config, attacks, settings, runtime, asked, fit, named, concepts)
+            found = plan(opened.config, attacks, settings, runtime, asked, fit, named, concepts, begun)
         told = processes.told(found)
         assert told is not None
     saving, settings, expected = told
     if not quiet:
         say(expected, saving, settings, runtime, chosen=fit)
     return saving, settings, expected
+
+
+def _as_begun(begun: Mapping[str, Any], saving: Saving, settings: HardeningSettings) -> bool:
+    """Whether a run with these goes on from the state of the command *begun*. What is computed twice makes no difference."""
+    then = {"halved": begun["runtime"]["halved"], **(begun["settings"] or {})}
+    chosen = {
+        "halved": saving.low_memory,
+        "eight_bit": settings.eight_bit,
+        "batch_size": settings.batch_size,
+        "accumulate": settings.accumulate,
+    }
+    return all(then.get(name) == value for name, value in chosen.items())
 
 
 def _smaller(settings: HardeningSettings) -> Iterator[HardeningSettings]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from imma_cli.cli import erasing, fitting, hardened, hardening, profiling, resuming
+from imma_cli.cli import erasing, fitting, foretelling, hardened, hardening, profiling, resuming
 from imma_cli.cli.console import Refusals, err, print_json
 from imma_cli.cli.inputs import beside, check_launched, check_methods, check_unused, inputs
 from imma_cli.cli.progress import waiting
@@ -209,6 +209,7 @@ def harden(
             fit=fit,
             named=bool(attack),
             concepts=len(concept),
+            begun=saved.command if saved else None,
             quiet=quiet,
         )
         if saving.low_memory and not low_memory:
@@ -224,6 +225,11 @@ def harden(
     erasing_settings = erasing_settings_for(model, erase, seed) if erase else None
     draws = draw if settings and not images else 0
     concepts = concepts or erasing.named_only(concept)
+    if settings and large and not (quiet or dry_run or saved):
+        again = saving.recomputed
+        foretelling.say_duration(
+            model, attacks, concepts, settings, runtime, keep or (), again, draws=draws, processes=several
+        )
     if dry_run:
         from imma_cli.cli.planning import say_plan
 
@@ -239,6 +245,7 @@ def harden(
             erasing_settings,
             runtime,
             keep or (),
+            several,
             target,
             drawing_seconds,
             expected,
@@ -256,7 +263,7 @@ def harden(
     resuming.require_same(saved, asked, processes)
     with resuming.keeping(target, asked, save_every, saved, processes, resume=resume, quiet=quiet) as keeper:
         if draws:
-            concepts = hardening.drawn(model, concept, draws, seed, keeper, quiet=quiet)
+            concepts = hardening.drawn(model, concept, draws, seed, keeper, processes, quiet=quiet)
         erased = None
         if erasing_settings:
             erased = erasing.carry_out(model, concept, erasing_settings, runtime, keep or (), keeper, quiet=quiet)

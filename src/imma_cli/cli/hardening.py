@@ -116,27 +116,42 @@ def checked(settings: HardeningSettings | None, model: Model, pairs: int) -> Har
     return settings.resolved(model)
 
 
-def drawn(model: Model, names: Sequence[str], count: int, seed: int, keeper: Keeper, *, quiet: bool) -> list[Concept]:
+def drawn(
+    model: Model, names: Sequence[str], count: int, seed: int, keeper: Keeper, processes: Processes, *, quiet: bool
+) -> list[Concept]:
     """*count* pictures of each concept by the model itself."""
     from imma_cli.concepts.drawing import packed, unpacked
 
     return keeper.once(
         "drawn",
-        lambda: draw_all(model, names, count, seed, quiet=quiet)[0],
+        lambda: draw_all(model, names, count, seed, processes, quiet=quiet)[0],
         lambda concepts: {"concepts": [packed(concept) for concept in concepts]},
         lambda saved: [unpacked(concept) for concept in saved["concepts"]],
     )
 
 
-def draw_all(model: Model, names: Sequence[str], count: int, seed: int, *, quiet: bool) -> tuple[list[Concept], float]:
+def draw_all(
+    model: Model, names: Sequence[str], count: int, seed: int, processes: Processes | None = None, *, quiet: bool
+) -> tuple[list[Concept], float]:
     """*count* pictures of each concept by the model itself, and the seconds that took."""
     from imma_cli.concepts.drawing import draw_concept
+    from imma_cli.families.processes import ALONE
 
     concepts = []
     began = monotonic()
     for name in names:
         with course(f"Drawing {name}", count, quiet=quiet) as advance:
-            concepts.append(draw_concept(model, name, role="defend", seed=seed, count=count, on_picture=advance))
+            concepts.append(
+                draw_concept(
+                    model,
+                    name,
+                    role="defend",
+                    seed=seed,
+                    count=count,
+                    on_picture=advance,
+                    processes=processes or ALONE,
+                )
+            )
     return concepts, monotonic() - began
 
 
@@ -151,7 +166,7 @@ def cycles_of(
 
     if isinstance(settings, EpisodesSettings):
         return settings.cycles(model)
-    return sum(max(1, (settings.steps or a.rates(model).steps) // 2) for a in attacks) * len(concepts)
+    return sum(settings.cycles(attack.rates(model)) for attack in attacks) * len(concepts)
 
 
 def carry_out(
@@ -194,7 +209,7 @@ def carry_out(
             return immunize(model, attacks, concepts, settings, runtime, show, keeper, release, processes)
     retention = keeper.once(
         "retention",
-        lambda: retention_for(model, concepts, settings, runtime, keep, quiet=quiet),
+        lambda: retention_for(model, concepts, settings, runtime, keep, processes, quiet=quiet),
         vars,
         lambda saved: retained(saved, model.device),
     )
@@ -220,17 +235,27 @@ def retention_for(
     settings: EpisodesSettings,
     runtime: Runtime,
     keep: Sequence[str],
+    processes: Processes | None = None,
     *,
     quiet: bool,
 ) -> Retention:
     """What must stay, as the model draws it."""
+    from imma_cli.families.processes import ALONE
     from imma_cli.immunizers.retention import retain
     from imma_cli.immunizers.settings import defaults_for
 
     sizes = defaults_for(model)
     prompts = kept_prompts(model, concepts, settings, keep)
     with course("Drawing what must stay", len(prompts), quiet=quiet) as advance:
-        return retain(model, prompts, noisings=sizes.noisings, seed=settings.seed, runtime=runtime, on_picture=advance)
+        return retain(
+            model,
+            prompts,
+            noisings=sizes.noisings,
+            seed=settings.seed,
+            runtime=runtime,
+            on_picture=advance,
+            processes=processes or ALONE,
+        )
 
 
 def kept_prompts(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from imma_cli.attacks.settings import spec
 from imma_cli.cli.console import out, print_json
+from imma_cli.cli.foretelling import share_of
 from imma_cli.cli.hardening import cycles_of, kept_prompts
 from imma_cli.cli.progress import waiting
 from imma_cli.immunizers.checking import STEPS as CHECK_STEPS
@@ -48,22 +49,27 @@ def say_plan(
     erasing: EsdSettings | UceSettings | None,
     runtime: Runtime,
     keep: Sequence[str],
+    processes: int,
     target: Path,
     drawing_seconds: float,
     expected: Estimate | None,
     *,
     json: bool,
 ) -> None:
-    """Run a few steps of everything for real, on a copy, and say what all of them would take."""
+    """Run a few steps of everything for real, on a copy, and say what all of them would take.
+
+    Of a step's batches only as many as one of *processes* would have.
+    """
     names = [concept.name for concept in concepts]
     with waiting("Trying a few steps", quiet=json):
         changed, seconds = _erasing(model, names, erasing, runtime) if erasing else ({}, 0.0)
         cycles = 0
         if settings:
-            if isinstance(settings, EpisodesSettings):
-                per_cycle, besides = _timed_episodes(model, attacks, concepts, settings, runtime, keep)
+            tried = share_of(settings, processes)
+            if isinstance(tried, EpisodesSettings):
+                per_cycle, besides = _timed_episodes(model, attacks, concepts, tried, runtime, keep)
             else:
-                per_cycle, besides = _timed(model, attacks, concepts, settings, runtime), 0.0
+                per_cycle, besides = _timed(model, attacks, concepts, tried, runtime), 0.0
             cycles = cycles_of(model, attacks, concepts, settings)
             seconds += per_cycle * cycles + besides + drawing_seconds
             changed |= protected_weights(model.unet, settings.protect)

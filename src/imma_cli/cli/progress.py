@@ -63,6 +63,13 @@ class Course:
         return Group(self.bar, *lines)
 
 
+def rounded(seconds: float) -> str:
+    """A time that is only an estimate."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.0f} h"
+
+
 class Foretold:
     """Says once, in a log that nobody watches, about how long the whole takes: as soon as that can be told."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from imma_cli.concepts.concept import Concept
+from imma_cli.families.family import DRAWING_STEPS
+from imma_cli.families.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from imma_cli.families.model import Model
@@ -37,16 +39,33 @@ def draw_concept(
     count: int = 20,
     batch: int | None = None,
     on_picture: Callable[[int], None] = lambda done: None,
+    processes: Processes = ALONE,
 ) -> Concept:
     """*count* pictures of the concept *name* by the model itself, with plain prompts that name it."""
     captions = [PROMPTS[i % len(PROMPTS)].format(name) for i in range(count)]
     seeds = drawing_seeds(role, seed, count)
-    batch = batch or min(4, model.at_once)
-    images = []
-    for i in range(0, count, batch):
-        images += model.family.draw(model, captions[i : i + batch], seeds[i : i + batch])
-        on_picture(len(images))
+    images = draw(model, captions, seeds, batch or min(4, model.at_once), on_picture, processes)
     return Concept(name, tuple(images), tuple(captions), "drawn by the model")
+
+
+def draw(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch: int,
+    on_picture: Callable[[int], None] = lambda done: None,
+    processes: Processes = ALONE,
+    *,
+    steps: int = DRAWING_STEPS,
+) -> list[Image.Image]:
+    """A picture for each of *prompts*, so many at once. Each of *processes* draws its share, and gets all."""
+    parts = [slice(i, i + batch) for i in range(0, len(prompts), batch)]
+    own, done = [], 0
+    for part in processes.share(parts):
+        own.append(model.family.draw(model, prompts[part], seeds[part], steps=steps))
+        done += len(own[-1]) * processes.count
+        on_picture(min(done, len(prompts)))
+    return [image for images in processes.gathered(own, len(parts)) for image in images]
 
 
 def packed(concept: Concept) -> dict[str, Any]:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from imma_cli.families.model import Model
 
 
+DRAWING_STEPS = 25
+"""Of the sampler, unless somebody wants another number."""
+
+
 class Family(ABC):
     """How a kind of model reads prompts, codes pictures, adds noise, states its target and draws."""
 
@@ -71,7 +75,7 @@ class Family(ABC):
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
-        steps: int = 25,
+        steps: int = DRAWING_STEPS,
         guidance_scale: float = 5.0,
     ) -> list[Image]:
         """One picture per prompt, each from its own seed, so that a picture does not depend on its batch."""

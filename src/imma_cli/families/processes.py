@@ -61,6 +61,15 @@ class Processes:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def gathered(self, own: Sequence[T], count: int) -> list[T]:
+        """All *count* parts in their order, of which this process made its *own*: those that `share` gave it."""
+        if self.count == 1:
+            return list(own)
+        made: list[Sequence[T]] = [()] * self.count
+        with _as_one():
+            dist.all_gather_object(made, own)
+        return [made[i % self.count][i // self.count] for i in range(count)]
+
     def require_same(self, what: str, value: str) -> None:
         """Raises ImmaError, in a process whose *value* is not the first one's."""
         if self.told(value) != value:

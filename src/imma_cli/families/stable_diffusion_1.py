@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imma_cli.families.family import Family
+from imma_cli.families.family import DRAWING_STEPS, Family
 from imma_cli.families.model import Model
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class StableDiffusion1(Family):
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
-        steps: int = 25,
+        steps: int = DRAWING_STEPS,
         guidance_scale: float = 5.0,
     ) -> list[Image]:
         from diffusers import DDIMScheduler, StableDiffusionPipeline

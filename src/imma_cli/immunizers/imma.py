@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from imma_cli.attacks.attack import Attack
+from imma_cli.attacks.attack import Attack, Preset
 from imma_cli.attacks.gradients import Stepping, scaling_for
 from imma_cli.attacks.training import Attacker, adamw, gradient_step, optimizer_state, restore_optimizer
 from imma_cli.concepts.batches import Batch, Latents, TrainingSet, encode
@@ -50,6 +50,10 @@ class ImmunizerSettings:
     """Batches whose gradients make one step."""
     eight_bit: bool = False
     """Whether AdamW's moments are held in 8 bits, both players'."""
+
+    def cycles(self, rates: Preset) -> int:
+        """How many steps each player takes on one concept, against an attack with *rates*."""
+        return max(1, (self.steps or rates.steps) // 2)
 
 
 @dataclass(frozen=True)
@@ -256,7 +260,7 @@ def _attach_all(
             latents = everything if chosen is concept else encode(model, chosen.images)
             parameters = stack.enter_context(attack.attach(shared, chosen, seed))
             rates = attack.rates(shared)
-            cycles = max(1, (settings.steps or rates.steps) // 2)
+            cycles = settings.cycles(rates)
             batches = TrainingSet(shared, attack, chosen, latents, seed=seed, batch_size=settings.batch_size)
             turns.append(
                 Turn(

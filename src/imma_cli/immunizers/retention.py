@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from imma_cli.concepts.batches import conditioning_of, encode
+from imma_cli.concepts.drawing import draw
+from imma_cli.families.processes import ALONE, Processes
 from imma_cli.immunizers.looks import with_other_look
 
 if TYPE_CHECKING:
@@ -134,19 +136,16 @@ def retain(
     unfamiliar: float = UNFAMILIAR,
     guidance: tuple[float, float] = GUIDANCE,
     on_picture: Callable[[int], None] = lambda done: None,
+    processes: Processes = ALONE,
 ) -> Retention:
     """Let *model* draw one picture for each of *prompts*, noise each *noisings* times, and keep what it predicts.
 
     A share *unfamiliar* of the pictures gets another look first: what others will train the model on is nothing that it
-    draws already, and its predictions there are to stay too.
+    draws already, and its predictions there are to stay too. Each of *processes* draws and predicts its share.
     """
-    pictures = []
-    for i in range(0, len(prompts), model.at_once):
-        part = prompts[i : i + model.at_once]
-        seeds = [DRAWING_SEED + seed * 1000 + i + k for k in range(len(part))]
-        with runtime.autocast():
-            pictures += model.family.draw(model, part, seeds, steps=DRAWING_STEPS)
-        on_picture(len(pictures))
+    seeds = [DRAWING_SEED + seed * 1000 + i for i in range(len(prompts))]
+    with runtime.autocast():
+        pictures = draw(model, prompts, seeds, model.at_once, on_picture, processes, steps=DRAWING_STEPS)
     rng = random.Random(seed)
     pictures = [with_other_look(each, rng) if rng.random() < unfamiliar else each for each in pictures]
     latents = encode(model, pictures).mean
@@ -159,13 +158,19 @@ def retain(
         torch.randn((count, *latents.shape[1:]), generator=generator).to(latents.device),
         torch.randint(model.family.training_timesteps(model), (count,), generator=generator).to(latents.device),
         _scales(guidance, count, generator).to(latents.device),
-        torch.empty(2, count, *latents.shape[1:], device=latents.device),
-        held_out=max(1, min(len(prompts), count // 4)),
+        torch.zeros(2, count, *latents.shape[1:], device=latents.device),
+        held_out=held_out_of(len(prompts), noisings),
     )
-    for rows in torch.split(torch.arange(count), model.at_once):
+    for rows in processes.share(torch.split(torch.arange(count), model.at_once)):
         with runtime.autocast():
             kept.predicted[:, rows] = kept.predict(model, rows).float()
+    processes.add_up([kept.predicted])  # what a process has not predicted is 0 there
     return kept
+
+
+def held_out_of(pictures: int, noisings: int) -> int:
+    """How many of *pictures*, each noised so often, are never trained on: one noising of each, or a quarter of all."""
+    return max(1, min(pictures, pictures * noisings // 4))
 
 
 def _scales(guidance: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
