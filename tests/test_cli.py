@@ -56,6 +56,20 @@ def test_harden_writes_a_file_that_differs_in_attention_alone(
     assert pipeline("a cat", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
 
 
+def test_inspect_says_how_a_checkpoint_was_hardened(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
+    files = [tiny_checkpoint, "--config", tiny_config, "--concept", "blue style"]
+    ways = {
+        "hardened for blue style against lora (method imma, at most 4 steps)": ["--method", "imma", "--attack", "lora", "--steps", 4, "--images", pictures],
+        "blue style erased by uce": ["--method", "none", "--erase", "uce"],
+    }  # fmt: skip
+    for number, (expected, how) in enumerate(ways.items()):
+        target = tmp_path / f"{number}.safetensors"
+        code, _, err = imma("harden", *files, *how, "--output", target)
+        assert code == 0, err
+        _, out, _ = imma("inspect", target, "--config", tiny_config)
+        assert expected in " ".join(out.replace("│", "").split())
+
+
 def test_the_same_seed_gives_the_same_file(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
     targets = [tmp_path / f"{i}.safetensors" for i in range(3)]
     for target, seed in zip(targets, (1, 1, 2), strict=True):

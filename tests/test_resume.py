@@ -27,7 +27,7 @@ from test_imma import CPU, attack_named, some_concept
 from torch import Tensor, nn
 
 from imma_cli.attacks import Attack
-from imma_cli.cli import hardening
+from imma_cli.cli import hardening, resuming
 from imma_cli.concepts import drawing
 from imma_cli.concepts.concept import Concept
 from imma_cli.errors import ImmaError
@@ -276,6 +276,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     assert code == 2
     for part in ("settings.seed: 0 then, 3 now", "erase.seed: 0 then, 3 now", 'settings.strength: "medium" then'):
         assert part in err
+    with monkeypatch.context() as older:  # a state that another version of imma has written
+        older.setattr(resuming, "LAYOUT", 1)
+        code, _, err = imma(*command, "--output", cut, "--resume")
+    assert (code, f"layout: {resuming.LAYOUT} then, 1 now" in err) == (2, True)
     saved.write_bytes(state_before[:-1])
     code, _, err = imma(*command, "--output", cut, "--resume")
     assert (code, "leave out --resume" in err) == (2, True)
