@@ -18,7 +18,8 @@ GOAL_UNTOUCHED, GOAL_BENIGN = 0.95, 0.05
 
 
 def plot(found: Sequence[Figures], lines: Iterable[Line], folder: Path) -> list[Path]:
-    """For each case one picture: loss along the budget of the attack that got most, and price against resistance."""
+    """For each case one picture: loss along the budget of the attack that got most, and price against resistance
+    to the attackers that every row has."""
     everything = list(lines)
     written = []
     for case in dict.fromkeys(each.case for each in found):
@@ -46,15 +47,22 @@ def plot(found: Sequence[Figures], lines: Iterable[Line], folder: Path) -> list[
         title = "\n".join(textwrap.wrap(attack.attack.replace(",", ", "), 52))
         curves.set_title(title, fontsize=9)
         curves.legend()
+        # of more attackers the least is less, so only those count that every row has
+        common = set.intersection(*({(a.attack, a.budget) for a in each.harmful} for each in rows))
+        points = []
         for each in rows:
-            least = min(prevented_share(a) for a in each.harmful if a.found not in APART)
+            counted = [a for a in each.harmful if (a.attack, a.budget) in common and a.found not in APART]
             kept = min((e.estimate or 0.0 for e in each.untouched.values()), default=None)
             if kept is not None:
-                prices.scatter([kept], [100 * least])
-                prices.annotate(each.row, (kept, 100 * least), xytext=(4, 4), textcoords="offset points")
+                points.append((kept, 100 * min(map(prevented_share, counted)), each.row))
+        beside = {row: number for number, (_, _, row) in enumerate(sorted(points))}
+        for *point, row in points:
+            prices.scatter(*([value] for value in point))
+            # names of neighbours above and below, or they would cover each other
+            prices.annotate(row, point, xytext=(4, -12 if beside[row] % 2 else 4), textcoords="offset points")
         prices.axvline(GOAL_UNTOUCHED, color="grey", linewidth=0.8)
         prices.set(xlabel="untouched similarity", ylabel="least gain prevented, %")
-        prices.set_title("price and resistance", fontsize=9)
+        prices.set_title("price and resistance, by the attackers that every row has", fontsize=9)
         path = folder / f"resistance-{case}.svg"
         figure.savefig(path, metadata={"Date": None})
         written.append(path)
