@@ -143,6 +143,8 @@ def test_fit_goes_on_as_the_interrupted_run_began(
         failing.setattr(fitting, "free_memory", lambda runtime: (needs[1] + 1) / fitting.SPARE)
         code, _, err = imma(*command)
         assert (code, "The power fails." in err) == (2, True), err
+    code, _, err = imma(*command, "--resume", "--batch-size", 2)
+    assert (code, "goes on from the saved state" in " ".join(err.split())) == (2, True), err
     said = run(needs[0] + 1, "--resume")
     assert "at most with --low-memory" in said
     assert "after 1 cycles" in said

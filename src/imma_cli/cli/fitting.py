@@ -167,7 +167,8 @@ def planned(
 
 def _as_begun(begun: Mapping[str, Any], saving: Saving, settings: HardeningSettings) -> bool:
     """Whether a run with these goes on from the state of the command *begun*. What is computed twice makes no difference."""
-    then = {"halved": begun["runtime"]["halved"], **(begun["settings"] or {})}
+    # by another version of imma, it may lack some
+    then = {**(begun.get("settings") or {}), "halved": begun.get("runtime", {}).get("halved")}
     chosen = {
         "halved": saving.low_memory,
         "eight_bit": settings.eight_bit,
