@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,21 @@ def test_everything_that_episodes_predict_is_counted(tiny_model: Model, aim: Aim
     assert passes_made(work) == passes_of(tiny_model, [attack], [5], settings, drawn=True, kept=len(KEPT))
 
 
+def test_several_processes_share_all_but_the_short_attacks(tiny_model: Model) -> None:
+    settings, attacks = EpisodesSettings(steps=123, checks=2, accumulate=2), [attack_named("lora")]
+
+    def made(drawn: bool, checks: int, processes: int) -> Passes:
+        chosen = replace(settings, checks=checks)
+        return passes_of(tiny_model, attacks, [8], chosen, drawn=drawn, kept=8, processes=processes)
+
+    assert made(drawn=True, checks=0, processes=2) * 2 == made(drawn=True, checks=0, processes=1)
+    checks = [
+        made(drawn=False, checks=2, processes=n).learned - made(drawn=False, checks=0, processes=n).learned
+        for n in (1, 2)
+    ]
+    assert checks[0] == checks[1] > 0
+
+
 def test_time_follows_from_one_prediction(tiny_model: Model) -> None:
     state = torch.get_rng_state()
     assert 0 < seconds_of_prediction(tiny_model, CPU) < 5
@@ -90,7 +106,7 @@ def test_large_models_are_told_the_time_before_the_first_step(
     monkeypatch.setattr("imma_cli.families.model.SMALL_MODEL", 0)
     code, _, said = imma(*command)
     assert code == 0, said
-    assert 0 < said.index("in all, by the time of one prediction") < said.index("Hardening, 4 steps")
+    assert 0 < said.index("in all, estimated from the time of one prediction") < said.index("Hardening, 4 steps")
 
 
 def test_a_dry_run_times_what_one_of_several_processes_does(

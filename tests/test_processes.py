@@ -22,6 +22,7 @@ from imma_cli.attacks import testing
 from imma_cli.attacks.gradients import NotFiniteError, Scaling, mean_gradient
 from imma_cli.cli import resuming
 from imma_cli.families.model import Model
+from imma_cli.families.processes import Processes
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.episodes import immunize_in_episodes
 from imma_cli.immunizers.imma import ImmunizerSettings, immunize
@@ -36,7 +37,7 @@ WEIGHT = torch.tensor([1.0, -2.0], requires_grad=True)
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("shared")
     checkpoint, config = testing.tiny_checkpoint(folder)
-    drawn = ["--draw", "3", "--attack", "lora", "--device", "cpu", "--json"]
+    drawn = ["--draw", "12", "--attack", "lora", "--device", "cpu", "--json"]
     return ["harden", str(checkpoint), "--config", str(config), "--concept", "blue style", *drawn]
 
 
@@ -153,6 +154,19 @@ def test_an_environment_that_is_no_launchers_is_refused(
     code, _, complaint = imma(*command)
     assert code == 2
     assert f"RANK={rank} of WORLD_SIZE={count}" in complaint
+
+
+@pytest.mark.parametrize(("count", "parts"), [(2, 5), (3, 5), (3, 2), (2, 0)])
+def test_what_each_has_made_comes_back_in_its_order(monkeypatch: pytest.MonkeyPatch, count: int, parts: int) -> None:
+    everything = [f"part {number}" for number in range(parts)]
+    several = [Processes(rank, count) for rank in range(count)]
+
+    def exchange(made: list[Any], own: Sequence[str]) -> None:
+        made[:] = [each.share(everything) for each in several]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", exchange)
+    for each in several:
+        assert each.gathered(each.share(everything), parts) == everything
 
 
 def test_batches_that_processes_cannot_share_are_refused(

@@ -115,11 +115,12 @@ def plan(
     """
     if not fit:
         return asked, settings, expected(config, attacks, settings, runtime, asked, concepts)
-    free, found = free_memory(runtime), None
-    for saving, tried_settings in ((saving, each) for each in _smaller(settings) for saving in LADDER):
+    free = free_memory(runtime)
+    choices = [(saving, each) for each in _smaller(settings) for saving in LADDER]
+    # where none is as it was then, it is another command, and refused as such later
+    as_begun = [choice for choice in choices if begun and _as_begun(begun, *choice)]
+    for saving, tried_settings in as_begun or choices:
         if asked.low_memory > saving.low_memory or asked.gradient_checkpointing > saving.gradient_checkpointing:
-            continue
-        if begun and not _as_begun(begun, saving, tried_settings):
             continue
         tried = [a for a in attacks if not a.in_place] if saving.low_memory else attacks
         if saving.low_memory and ((named and len(tried) < len(attacks)) or settings.protect == "unet"):
@@ -127,11 +128,6 @@ def plan(
         found = expected(config, tried, tried_settings, runtime, saving, concepts)
         if found.peak <= SPARE * free:
             return saving, tried_settings, found
-    if found is None:
-        raise ImmaError(
-            "--fit has no choice that goes on from the saved state: it is another command's.",
-            hint="Give the same options as then, or leave out --resume to start from the beginning.",
-        )
     raise ImmaError(
         f"No settings fit: {free / 1e9:.1f} GB are free on {runtime.device}, and the smallest need {found.peak / 1e9:.1f} GB.",
         hint="Free memory, simulate fewer attacks (--attack lora alone), or take a larger device.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from imma_cli.cli.console import err
@@ -19,11 +18,6 @@ if TYPE_CHECKING:
     from imma_cli.families.runtime import Runtime
 
 
-def share_of(settings: HardeningSettings, processes: int) -> HardeningSettings:
-    """What one of so many *processes* does of every step."""
-    return replace(settings, accumulate=max(1, settings.accumulate // processes))
-
-
 def say_duration(
     model: Model,
     attacks: Sequence[Attack],
@@ -35,16 +29,20 @@ def say_duration(
     *,
     draws: int,
     processes: int,
+    besides: str = "",
 ) -> None:
-    """About how long hardening is going to take. *draws* of each concept's pictures are still to be drawn: 0, it has them."""
+    """About how long hardening is going to take. *draws* of each concept's pictures are still to be drawn: 0, it has them.
+
+    *besides* is what takes time that is not counted.
+    """
     from imma_cli.families.recomputing import usual
     from imma_cli.immunizers.duration import passes_of, seconds_of, seconds_of_prediction
     from imma_cli.immunizers.settings import EpisodesSettings
 
-    settings = share_of(settings, processes)
     kept = len(kept_prompts(model, concepts, settings, keep)) if isinstance(settings, EpisodesSettings) else 0
     pictures = [draws or len(concept.images) for concept in concepts]
     passes = passes_of(model, attacks, pictures, settings, drawn=draws > 0, kept=kept, processes=processes)
     again = recomputed or usual(on_cpu=runtime.device == "cpu", small=model.is_small)
     seconds = seconds_of(passes, seconds_of_prediction(model, runtime), again)
-    err.print(f"About {rounded(seconds)} in all, by the time of one prediction.", markup=False)
+    whole = f"besides {besides}" if besides else "in all"
+    err.print(f"About {rounded(seconds)} {whole}, estimated from the time of one prediction.", markup=False)

@@ -168,7 +168,7 @@ def harden(
         refusals.check(opened.check_output, target, force=force or dry_run)
     if profile is not None:
         refusals.check(profiling.check, profile)
-    saved = refusals.check(resuming.existing, target) if resume and not dry_run else None
+    saved = refusals.check(resuming.existing, target) if resume else None
 
     from dataclasses import replace
 
@@ -226,9 +226,17 @@ def harden(
     draws = draw if settings and not images else 0
     concepts = concepts or erasing.named_only(concept)
     if settings and large and not (quiet or dry_run or saved):
-        again = saving.recomputed
         foretelling.say_duration(
-            model, attacks, concepts, settings, runtime, keep or (), again, draws=draws, processes=several
+            model,
+            attacks,
+            concepts,
+            settings,
+            runtime,
+            keep or (),
+            saving.recomputed,
+            draws=draws,
+            processes=several,
+            besides="erasing" if erase else "",
         )
     if dry_run:
         from imma_cli.cli.planning import say_plan

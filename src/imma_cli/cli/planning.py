@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from imma_cli.attacks.settings import spec
 from imma_cli.cli.console import out, print_json
-from imma_cli.cli.foretelling import share_of
 from imma_cli.cli.hardening import cycles_of, kept_prompts
 from imma_cli.cli.progress import waiting
 from imma_cli.immunizers.checking import STEPS as CHECK_STEPS
 from imma_cli.immunizers.checking import QuickCheck
+from imma_cli.immunizers.duration import share_of
 from imma_cli.immunizers.episodes import immunize_in_episodes
 from imma_cli.immunizers.erasing import erase, steps_of
 from imma_cli.immunizers.esd import EsdSettings
@@ -58,7 +58,7 @@ def say_plan(
 ) -> None:
     """Run a few steps of everything for real, on a copy, and say what all of them would take.
 
-    Of a step's batches only as many as one of *processes* would have.
+    Of a step's batches, and of drawing, what one of *processes* would do.
     """
     names = [concept.name for concept in concepts]
     with waiting("Trying a few steps", quiet=json):
@@ -67,11 +67,11 @@ def say_plan(
         if settings:
             tried = share_of(settings, processes)
             if isinstance(tried, EpisodesSettings):
-                per_cycle, besides = _timed_episodes(model, attacks, concepts, tried, runtime, keep)
+                per_cycle, besides = _timed_episodes(model, attacks, concepts, tried, runtime, keep, processes)
             else:
                 per_cycle, besides = _timed(model, attacks, concepts, tried, runtime), 0.0
             cycles = cycles_of(model, attacks, concepts, settings)
-            seconds += per_cycle * cycles + besides + drawing_seconds
+            seconds += per_cycle * cycles + besides + drawing_seconds / processes
             changed |= protected_weights(model.unet, settings.protect)
     rates = [attack.rates(model) for attack in attacks]
     plan = {
@@ -160,6 +160,7 @@ def _timed_episodes(
     settings: EpisodesSettings,
     runtime: Runtime,
     keep: Sequence[str],
+    processes: int,
 ) -> tuple[float, float]:
     """Seconds of a cycle, and of what is done besides: drawings to keep, and the short attacks."""
     marks: list[float] = []
@@ -172,7 +173,7 @@ def _timed_episodes(
     began = monotonic()
     noisings = defaults_for(model).noisings
     retention = retain(model, tried, noisings=noisings, seed=settings.seed, runtime=runtime)
-    besides = (monotonic() - began) / len(tried) * len(prompts)
+    besides = (monotonic() - began) / len(tried) * len(prompts) / processes
     # every attack's turn is short, so that all of them are among the few
     turns = max(3, len(attacks) * len(concepts))
     length = TRIED * settings.inner_steps

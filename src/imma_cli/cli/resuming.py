@@ -117,7 +117,7 @@ def _say(keeper: FileKeeper, resume: bool) -> None:
     path = escape(str(keeper.path))
     if keeper.saved:
         done = len(keeper.saved.tree.get("run", {}).get("result", {}).get("steps", ()))
-        err.print(f"Going on from {path}, after {done} cycles." if done else f"Going on from {path}.", soft_wrap=True)
+        err.print(f"Going on from {path}, after cycle {done}." if done else f"Going on from {path}.", soft_wrap=True)
     elif resume:
         err.print(f"There is no {path} to go on from: starting from the beginning.", soft_wrap=True)
     elif keeper.foreign:

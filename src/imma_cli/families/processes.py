@@ -94,7 +94,7 @@ def _as_one() -> Iterator[None]:
             raise
         raise ImmaError(
             "Another process of this command has ended, so this one ends too.",
-            hint="What happened is in the other one's messages. --resume goes on from the last saved state.",
+            hint="What happened is in the other one's messages. --resume goes on from the last saved state, if there is one.",
         ) from error
 
 

@@ -32,7 +32,8 @@ PATIENCE = 2
 SEED = 1_000_000
 """Above every seed of the command's, so that no simulated attacker had the check's noise."""
 
-
+SPLIT = 3
+"""Pictures of a concept from which on every third judges; fewer are learned from and judge alike."""
 NOT_LEARNED = 2.0
 """The loss that is put down for an attack under which training blows up: far above any that draws something."""
 LEAST_GAIN = 0.01
@@ -52,6 +53,11 @@ class Check:
     drift: float
     within: bool
     """Whether predictions for other prompts have stayed (nearly) within the limit."""
+
+
+def judged_of(pictures: int) -> int:
+    """By how many of so many *pictures* of a concept a short attack is judged."""
+    return (pictures + 1) // 3 if pictures >= SPLIT else pictures
 
 
 class QuickCheck:
@@ -127,7 +133,7 @@ class QuickCheck:
         return Latents(torch.stack([mean for mean, _ in found]), torch.stack([std for _, std in found]))
 
     def _trial(self, attack: Attack, concept: Concept) -> tuple[float, float]:
-        pictures, judge = split(concept) if len(concept.images) > 2 else (concept, concept)
+        pictures, judge = split(concept) if len(concept.images) >= SPLIT else (concept, concept)
         try:
             trial = run_trial(
                 self.model,

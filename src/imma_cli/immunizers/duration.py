@@ -1,13 +1,14 @@
 """About how long hardening is going to take, told before it begins: how many predictions it makes, times one's seconds.
 
-For large models, where all else is little beside the UNet. Not counted: encoding, optimizers, what attacks compute besides their loss (prior
-preservation, say), and erasing.
+For large models, where all else is little beside the UNet. Not counted: encoding, optimizers, erasing, what attacks compute besides their loss (prior
+preservation, say), and what gradients to more than the attention take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -16,14 +17,13 @@ import torch
 from imma_cli.concepts.batches import conditioning_of
 from imma_cli.families.family import DRAWING_STEPS
 from imma_cli.families.recomputing import Recompute
-from imma_cli.immunizers.checking import PAIRS
+from imma_cli.immunizers.checking import PAIRS, judged_of
 from imma_cli.immunizers.checking import STEPS as CHECK_STEPS
 from imma_cli.immunizers.imma import ImmunizerSettings
 from imma_cli.immunizers.objectives import Aim
 from imma_cli.immunizers.retention import DRAWING_STEPS as KEPT_STEPS
 from imma_cli.immunizers.retention import held_out_of
 from imma_cli.immunizers.settings import EpisodesSettings, defaults_for
-from imma_cli.verification.materials import judged_of
 from imma_cli.verification.trials import DRAWS
 
 if TYPE_CHECKING:
@@ -68,16 +68,17 @@ def passes_of(
 ) -> Passes:
     """Of hardening against *attacks* on concepts of so many *pictures*, which the model has *drawn* itself, or not.
 
-    In episodes, the pictures of *kept* prompts are what must stay. Of several *processes* with *settings* of their own,
-    what one does: they share the drawing.
+    In episodes, the pictures of *kept* prompts are what must stay. Where several *processes* harden together: the first one's,
+    which has the largest share of everything and runs the short attacks.
     """
-    passes = Passes(0, GUIDED * DRAWING_STEPS * sum(pictures) // processes) if drawn else Passes()
+    settings = share_of(settings, processes)
+    passes = Passes(0, GUIDED * DRAWING_STEPS * ceil(sum(pictures) / processes)) if drawn else Passes()
     if not isinstance(settings, EpisodesSettings):
         cycles = sum(settings.cycles(attack.rates(model)) for attack in attacks) * len(pictures)
         players = 2 if settings.method == "imma" else 1
         return passes + Passes(players * settings.batch_size * settings.accumulate) * cycles
     noisings = defaults_for(model).noisings
-    passes += Passes(0, GUIDED * kept * (KEPT_STEPS + noisings) // processes)
+    passes += Passes(0, GUIDED * ceil(kept / processes) * (KEPT_STEPS + noisings))
     learned = settings.inner_steps * settings.batch_size + settings.outer_batch + GUIDED * settings.keep_batch
     cycle = Passes(learned, ORIGINALS[settings.objective] * settings.outer_batch) * settings.accumulate
     passes += cycle * settings.cycles(model)
@@ -94,6 +95,11 @@ def seconds_of(passes: Passes, prediction: float, recomputed: Recompute) -> floa
     return prediction * (FORTH_AND_BACK[recomputed] * passes.learned + passes.predicted)
 
 
+def share_of(settings: ImmunizerSettings | EpisodesSettings, processes: int) -> ImmunizerSettings | EpisodesSettings:
+    """What one of so many *processes* does of every step."""
+    return replace(settings, accumulate=max(1, settings.accumulate // processes))
+
+
 @torch.no_grad()
 def seconds_of_prediction(model: Model, runtime: Runtime) -> float:
     """What the UNet takes to predict for one picture. Draws no random numbers that anybody else would."""
@@ -105,6 +111,6 @@ def seconds_of_prediction(model: Model, runtime: Runtime) -> float:
     for _ in range(1 if model.device.type == "cpu" else 2):
         began = monotonic()
         with runtime.autocast():
-            predicted = model.unet(latents, timesteps, encoder_hidden_states=words, return_dict=False)[0]
+            predicted = model.family.predict(model, latents, words, torch.zeros_like(latents), timesteps)
         float(predicted.sum())  # waits for a GPU
     return monotonic() - began

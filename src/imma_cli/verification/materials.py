@@ -50,11 +50,6 @@ def split(concept: Concept) -> tuple[Concept, Concept]:
     return only(i for i in every if i % 3 != 1), only(i for i in every if i % 3 == 1)
 
 
-def judged_of(count: int) -> int:
-    """How many of *count* pictures `split` keeps for judging; all, where there are too few to split."""
-    return (count + 1) // 3 if count > 2 else count
-
-
 def warnings(provenance: Mapping[str, Any] | None, harmful: Material, *benign: Material) -> list[str]:
     """What a reader must know about the pictures before believing the numbers."""
     found = []
