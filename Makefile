@@ -32,7 +32,7 @@ demo/model.safetensors: | $(VENV)/installed
 
 demo/model-immunized.safetensors: demo/model.safetensors
 	imma harden demo/model.safetensors --concept "high contrast style" \
-	  --images $(STYLE)/defend --output $@ --force
+	  --images $(STYLE)/defend --output $@ --force$(if $(wildcard $@.imma-state), --resume)
 
 demo/verified.txt: demo/model-immunized.safetensors
 	@rm -rf demo/report

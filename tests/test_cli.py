@@ -311,12 +311,28 @@ def test_ctrl_c_leaves_everything_as_it_was(tiny_checkpoint, tiny_config, pictur
     assert tiny_checkpoint.read_bytes() == before
 
 
-def test_a_log_says_once_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_says_how_long_it_takes_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nobody watches a bar there. Here, a step takes seven seconds, and the first one thirty."""
-    clock = iter([0.0, 30.0, 37.0, 44.0, 51.0])
+    clock = iter([0.0, *range(30, 1000, 7)])
     monkeypatch.setattr(progress, "monotonic", lambda: next(clock))
     monkeypatch.setattr(progress, "err", Console(file=sys.stderr))
     with progress.course("Hardening", 100, quiet=False) as advance:
-        for done in range(1, 5):
+        for done in range(1, 101):
             advance(done, attacker_loss=1.0)
-    assert capsys.readouterr().err == "Hardening, 100 steps ...\n  about 0:11:26 left\n"
+    begun, *said = capsys.readouterr().err.splitlines()
+    assert (begun, said[0]) == ("Hardening, 100 steps ...", "  about 0:11:26 left")
+    assert said[1:3] == ["  12 done, about 0:10:16 left", "  22 done, about 0:09:06 left"]
+    assert len(said) == 10
+    assert "92 done" in said[-1]
+
+
+def test_a_short_log_stays_short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter([0.0, *(30 + 0.1 * step for step in range(500))])
+    monkeypatch.setattr(progress, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress, "err", Console(file=sys.stderr))
+    with progress.course("Hardening", 500, quiet=False) as advance:
+        for done in range(1, 501):
+            advance(done)
+    assert len(capsys.readouterr().err.splitlines()) == 2

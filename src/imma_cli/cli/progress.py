@@ -71,15 +71,19 @@ def rounded(seconds: float) -> str:
 
 
 class Foretold:
-    """Says once, in a log that nobody watches, about how long the whole takes: as soon as that can be told."""
+    """Says in a log, which nobody watches, about how long the whole takes: as soon as that can be told, and then now and then."""
 
     AFTER = 20.0
     """Seconds. The first steps are slower than the others."""
+    AGAIN = 60.0
+    """Seconds between two lines at least; and a tenth of the whole, so that a log stays short."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.began, self.said = total, monotonic(), False
+        self.total, self.began = total, monotonic()
         self.first: tuple[float, float] | None = None
         """How much was done when, after the first report."""
+        self.said: tuple[float, float] | None = None
+        """The same, at the last line."""
 
     def advance(self, done: float, doing: str | None = None, **values: float | None) -> None:
         now = monotonic()
@@ -87,16 +91,22 @@ class Foretold:
             self.first = done, now
             return
         before, then = self.first
-        if self.said or now - self.began < self.AFTER or done <= before:
+        if now - self.began < self.AFTER or done <= before or not self._due(done, now):
             return
-        self.said = True
         left = timedelta(seconds=round((now - then) / (done - before) * (self.total - done)))
-        err.print(f"  about {left} left", markup=False)
+        err.print(f"  {done:g} done, about {left} left" if self.said else f"  about {left} left", markup=False)
+        self.said = done, now
+
+    def _due(self, done: float, now: float) -> bool:
+        if self.said is None:
+            return True
+        before, then = self.said
+        return now - then >= self.AGAIN and self.total / 10 <= done - before and done < self.total
 
 
 @contextmanager
 def course(title: str, total: int, *, quiet: bool) -> Iterator[Callable[..., None]]:
-    """Gives a function to report progress with; nothing where *quiet*, and where nobody watches one line about the time it takes."""
+    """Gives a function to report progress with; nothing where *quiet*, and where nobody watches a line about the time it takes, now and then."""
     if quiet:
         yield lambda done, doing=None, **values: None
         return
