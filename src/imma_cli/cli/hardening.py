@@ -155,20 +155,6 @@ def draw_all(
     return concepts, monotonic() - began
 
 
-def cycles_of(
-    model: Model,
-    attacks: Sequence[Attack],
-    concepts: Sequence[Concept],
-    settings: HardeningSettings,
-) -> int:
-    """How many times attacker and defender take a step."""
-    from imma_cli.immunizers.settings import EpisodesSettings
-
-    if isinstance(settings, EpisodesSettings):
-        return settings.cycles(model)
-    return sum(settings.cycles(attack.rates(model)) for attack in attacks) * len(concepts)
-
-
 def carry_out(
     model: Model,
     attacks: Sequence[Attack],
@@ -187,6 +173,7 @@ def carry_out(
     Of *model*, only the UNet can be relied on afterwards: the memory of what is not needed any more is given back.
     """
     from imma_cli.families.processes import ALONE
+    from imma_cli.immunizers.duration import cycles_of
     from imma_cli.immunizers.episodes import immunize_in_episodes
     from imma_cli.immunizers.imma import Immunized, immunize
     from imma_cli.immunizers.retention import retained
@@ -203,7 +190,7 @@ def carry_out(
         return Immunized({})
     processes = processes or ALONE
     needed = {part for attack in attacks for part in attack.computes_with}
-    cycles = cycles_of(model, attacks, concepts, settings)
+    cycles = cycles_of(model, attacks, len(concepts), settings)
     if not isinstance(settings, EpisodesSettings):
         with course("Hardening", cycles, quiet=quiet) as advance:
             return immunize(model, attacks, concepts, settings, runtime, show, keeper, release, processes)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from imma_cli.attacks.settings import spec
 from imma_cli.cli.console import out, print_json
-from imma_cli.cli.hardening import cycles_of, kept_prompts
+from imma_cli.cli.hardening import kept_prompts
 from imma_cli.cli.progress import waiting
 from imma_cli.immunizers.checking import STEPS as CHECK_STEPS
 from imma_cli.immunizers.checking import QuickCheck
-from imma_cli.immunizers.duration import share_of
+from imma_cli.immunizers.duration import cycles_of, share_of
 from imma_cli.immunizers.episodes import immunize_in_episodes
 from imma_cli.immunizers.erasing import erase, steps_of
 from imma_cli.immunizers.esd import EsdSettings
@@ -70,7 +70,7 @@ def say_plan(
                 per_cycle, besides = _timed_episodes(model, attacks, concepts, tried, runtime, keep, processes)
             else:
                 per_cycle, besides = _timed(model, attacks, concepts, tried, runtime), 0.0
-            cycles = cycles_of(model, attacks, concepts, settings)
+            cycles = cycles_of(model, attacks, len(concepts), settings)
             seconds += per_cycle * cycles + besides + drawing_seconds / processes
             changed |= protected_weights(model.unet, settings.protect)
     rates = [attack.rates(model) for attack in attacks]

@@ -56,6 +56,15 @@ class Passes:
         return Passes(times * self.learned, times * self.predicted)
 
 
+def cycles_of(
+    model: Model, attacks: Sequence[Attack], concepts: int, settings: ImmunizerSettings | EpisodesSettings
+) -> int:
+    """How many times attacker and defender take a step, for so many *concepts*."""
+    if isinstance(settings, EpisodesSettings):
+        return settings.cycles(model)
+    return sum(settings.cycles(attack.rates(model)) for attack in attacks) * concepts
+
+
 def passes_of(
     model: Model,
     attacks: Sequence[Attack],
@@ -74,7 +83,7 @@ def passes_of(
     settings = share_of(settings, processes)
     passes = Passes(0, GUIDED * DRAWING_STEPS * ceil(sum(pictures) / processes)) if drawn else Passes()
     if not isinstance(settings, EpisodesSettings):
-        cycles = sum(settings.cycles(attack.rates(model)) for attack in attacks) * len(pictures)
+        cycles = cycles_of(model, attacks, len(pictures), settings)
         players = 2 if settings.method == "imma" else 1
         return passes + Passes(players * settings.batch_size * settings.accumulate) * cycles
     noisings = defaults_for(model).noisings
