@@ -318,6 +318,43 @@ def test_a_file_that_does_not_read_back_as_given_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_large_weights_are_compared_in_slices_with_the_same_result(
+    tiny_checkpoint: Path, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint, tiny_config)
+    weights = checkpoint.load().unet.state_dict()
+    changed = {f"unet.{name}": weight + 0.01 * (weight > 0) for name, weight in weights.items()}
+    whole = checkpoint.write(tmp_path / "whole.safetensors", changed, {})
+    monkeypatch.setattr(writing, "PORTION", 50)
+    sliced = checkpoint.write(tmp_path / "sliced.safetensors", changed, {})
+    assert (tmp_path / "sliced.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert (sliced.tensors, sliced.parameters) == (whole.tensors, whole.parameters)
+    assert whole.parameters == sum(int((weight > 0).sum()) for weight in weights.values())
+
+
+def test_one_wrong_value_in_the_last_slice_is_found(
+    tiny_checkpoint: Path, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_value_off(source: Path, header: Any, target: Path, replacement: Any, *others: Any) -> None:
+        def replaced(key: str) -> Any:
+            tensor = replacement(key)
+            if tensor is None:
+                return None
+            wrong = tensor.clone()
+            wrong[-1] += 1
+            return wrong
+
+        rewrite(source, header, target, replaced, *others)
+
+    checkpoint = open_checkpoint(tiny_checkpoint, tiny_config)
+    weight = checkpoint.load().unet.get_parameter("conv_in.weight").detach()
+    monkeypatch.setattr(writing, "PORTION", 50)
+    monkeypatch.setattr(writing, "rewrite", one_value_off)
+    with pytest.raises(RuntimeError, match=r"unet\.conv_in\.weight does not read back"):
+        checkpoint.write(tmp_path / "out.safetensors", {"unet.conv_in.weight": weight + 1}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_conversion_that_a_pickles_refusal_proposes_works(
     tiny_checkpoint: Path, tiny_config: Path, tmp_path: Path
 ) -> None:

@@ -155,6 +155,24 @@ def test_a_file_rewritten_without_changes_is_what_the_library_wrote(
         assert file.metadata() == {"format": "pt"}
 
 
+def test_replacements_are_made_one_ahead_and_their_errors_arrive(tmp_path: Path) -> None:
+    source = make(
+        tmp_path / "in.safetensors", {name: entry(4 * i, 4 * i + 4) for i, name in enumerate("abcd")}, bytes(16)
+    )
+    asked: list[str] = []
+
+    def fails_at_c(name: str) -> bytes:
+        asked.append(name)
+        if name == "c":
+            raise ValueError("c cannot be made")
+        return name.encode() * 4
+
+    with pytest.raises(ValueError, match="c cannot be made"):
+        rewrite(source, read_header(source), tmp_path / "out", fails_at_c, set(), {})
+    assert asked[:3] == ["a", "b", "c"]
+    assert (tmp_path / "out").read_bytes().endswith(b"aaaabbbb")
+
+
 def test_a_replacement_of_another_size_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
     source = make(tmp_path / "in.safetensors", {"a": entry(0, 8)}, bytes(8))
     with pytest.raises(ValueError, match="a: 4 bytes given for 8"):

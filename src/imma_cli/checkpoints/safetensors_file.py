@@ -12,11 +12,13 @@ import json
 import math
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from imma_cli.checkpoints.file_kinds import other_format
 from imma_cli.errors import ImmaError
@@ -30,8 +32,10 @@ BITS = {
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own limit
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 LISTED = 20
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -197,9 +201,10 @@ def rewrite(
 ) -> None:
     """Writes *source_path* anew to *target_path*, with some tensors replaced, without the *dropped* ones, under *metadata*.
 
-    *replacement* is asked for each name when its turn comes: the tensor's bytes, a tensor of the entry's shape and dtype, or None for
-    one that stays. Those tensors' bytes are copied as they are; order and dtypes stay. *target_path* is written in place: give a temporary file. Raises ValueError for a
-    replacement that does not fit, OSError where writing fails.
+    *replacement* is asked for each name in the order of their bytes, in a thread of its own and one ahead of what is being written:
+    the tensor's bytes, a tensor of the entry's shape and dtype, or None for one that stays. Those tensors' bytes are copied as they
+    are; order and dtypes stay. *target_path* is written in place: give a temporary file. Raises ValueError for a replacement that
+    does not fit, OSError where writing fails.
     """
     entries: dict[str, Entry] = {}
     kept = sorted((item for item in header.entries.items() if item[0] not in dropped), key=lambda item: item[1].start)
@@ -210,16 +215,30 @@ def rewrite(
         position += length
     with source_path.open("rb") as source, target_path.open("wb") as target:
         target.write(encode_header({name: entries[name] for name in header.entries if name in entries}, metadata))
-        for name, entry in kept:
+        made = _one_ahead(replacement, [name for name, _ in kept])
+        for (name, entry), new in zip(kept, made, strict=True):
             length = entry.end - entry.start
-            if (new := replacement(name)) is not None:
+            if new is not None:
                 data = as_bytes(new)
                 if len(data) != length:
                     raise ValueError(f"{name}: {len(data)} bytes given for {length}")
-                target.write(data)
+                for begin in range(0, length, CHUNK):  # one call for 100 MB takes the system twice as long
+                    target.write(data[begin : begin + CHUNK])
             else:
                 source.seek(header.data_start + entry.start)
                 _copy(source, target, length)
+
+
+def _one_ahead(make: Callable[[str], Made], names: Sequence[str]) -> Iterator[Made]:
+    """What *make* gives for each of *names*. The next is made while the last one is used: never more than two stand in memory."""
+    waiting: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        for name in names:
+            waiting.append(beside.submit(make, name))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        for last in waiting:
+            yield last.result()
 
 
 def encode_header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:

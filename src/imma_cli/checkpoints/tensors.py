@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +21,31 @@ if TYPE_CHECKING:
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
-def read_tensor(path: Path, header: Header, entry: Entry) -> Tensor:
-    """One tensor of a safetensors file, in the file's dtype."""
-    data = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+def read_tensor(path: Path, header: Header, entry: Entry, rows: range | None = None) -> Tensor:
+    """One tensor of a safetensors file, in the file's dtype; only *rows* of it where they are given."""
+    begin, length, shape = entry.start, entry.end - entry.start, entry.shape
+    if rows is not None:
+        size = length // shape[0]
+        begin, length, shape = begin + rows.start * size, len(rows) * size, (len(rows), *shape[1:])
+    data = torch.empty(length, dtype=torch.uint8)
     with path.open("rb", buffering=0) as file:
-        file.seek(header.data_start + entry.start)
+        file.seek(header.data_start + begin)
         rest = memoryview(data.numpy())  # type: ignore[arg-type]
         while rest:
             if not (count := file.readinto(rest)):
                 raise OSError(f"{path} became shorter while it was read")
             rest = rest[count:]
-    return data.view(DTYPES[entry.dtype]).view(entry.shape)
+    return data.view(DTYPES[entry.dtype]).view(shape)
+
+
+def portions(shape: Shape, values: int) -> Iterator[range | None]:
+    """The rows of a tensor of this *shape*, so many at a time that they are at most so many *values*, or one. None: all of it."""
+    if math.prod(shape) <= values:
+        yield None
+        return
+    at_once = max(1, values // math.prod(shape[1:]))
+    for begin in range(0, shape[0], at_once):
+        yield range(begin, min(begin + at_once, shape[0]))
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -93,12 +108,12 @@ class Scattered(Mapping[str, Tensor]):
                 self.names.setdefault(key, []).append(name)
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.made(key, self.original(key))
-
-    def made(self, key: str, original: Tensor) -> Tensor:
-        """The tensor of *key*, which is *original* in the checkpoint."""
+        entry = self.place(key)[1]
+        for name in self.names[key]:
+            if self.rows.whole(name) == key:  # nothing of the original is in it
+                return self.weights[name].detach().reshape(entry.shape).to("cpu", DTYPES[entry.dtype])
         own = {name: self.weights[name] for name in self.names[key]}
-        return self.rows.scatter(own, original, key)
+        return self.rows.scatter(own, self.original(key), key)
 
     def __iter__(self) -> Any:
         return iter(self.names)
@@ -111,10 +126,10 @@ class Scattered(Mapping[str, Tensor]):
         dtype = DTYPES[self.place(key)[1].dtype]
         return any(self.weights[name].dtype != dtype for name in self.names[key])
 
-    def original(self, key: str) -> Tensor:
-        """The key's tensor as it is in the checkpoint."""
+    def original(self, key: str, rows: range | None = None) -> Tensor:
+        """The key's tensor as it is in the checkpoint, or *rows* of it."""
         file, entry = self.place(key)
-        return read_tensor(file.path, file.header, entry)
+        return read_tensor(file.path, file.header, entry, rows)
 
     def place(self, key: str) -> tuple[WeightFile, Entry]:
         return self.checkpoint.entries[self.part][key]

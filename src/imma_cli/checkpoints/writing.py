@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from imma_cli.checkpoints.checkpoint import PROVENANCE, Checkpoint, WeightFile, 
 from imma_cli.checkpoints.folder import WEIGHTS, part_files
 from imma_cli.checkpoints.row_map import convert, row_map, state_dict_shapes
 from imma_cli.checkpoints.safetensors_file import Header, read_header, rewrite
-from imma_cli.checkpoints.tensors import Scattered, all_finite, read_tensor
+from imma_cli.checkpoints.tensors import Scattered, all_finite, portions, read_tensor
 from imma_cli.checkpoints.topology import PREFIXES, dimensions
 from imma_cli.errors import ImmaError
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 NAMED = 8
 PORTION = 10_000_000
-"""Values that are read back at a time."""
+"""Values that are read at a time, to be compared."""
 
 
 def write(
@@ -137,12 +138,14 @@ class Differing:
     def note(self, part: str, key: str) -> Tensor:
         """The new tensor of *key*."""
         keys = self.replaced[part]
-        original = keys.original(key)
-        tensor = keys.made(key, original)
+        tensor = keys[key]
         if keys.cast(key) and not all_finite(tensor):  # as given, all are
             dtype, largest = keys.place(key)[1].dtype, torch.finfo(tensor.dtype).max
             self.reasons.append(f"{key} has values that do not fit its dtype {dtype}, whose largest is {largest:g}")
-        differing = int(torch.count_nonzero(tensor != original))
+        differing = 0
+        for rows in portions(tuple(tensor.shape), PORTION):
+            own = tensor if rows is None else tensor[rows.start : rows.stop]
+            differing += int(torch.count_nonzero(own != keys.original(key, rows)))
         self.tensors += differing > 0
         self.parameters += differing
         return tensor
@@ -179,29 +182,51 @@ def _compare(
     for part, keys in replaced.items():
         # the others stand in, and take no memory
         absent = {key: torch.zeros(()).expand(entry.shape) for key, (_, entry) in checkpoint.entries[part].items()}
-        for names in _portions(keys.weights):
+
+        def compare(
+            portion: Portion, part: str = part, keys: Scattered = keys, absent: Mapping[str, Tensor] = absent
+        ) -> None:
+            names, rows = portion
             tensors = dict(absent)
             for key in {key for name in names for key in keys.rows.sources(name)}:
                 file, _ = keys.place(key)
-                tensors[key] = read_tensor(written[file], headers[file], headers[file].entries[key])
+                tensors[key] = read_tensor(written[file], headers[file], headers[file].entries[key], rows)
             converted = convert(part, checkpoint.layout, tensors, checkpoint.config)
             for name in names:
-                if not torch.equal(converted[name], keys.weights[name].detach().cpu().to(converted[name].dtype)):
+                weight = keys.weights[name].detach()
+                if not _same(converted[name], weight if rows is None else weight[rows.start : rows.stop]):
                     raise RuntimeError(f"{part}.{name} does not read back as it was written; nothing was kept")
 
+        with ThreadPoolExecutor(max_workers=2) as threads:  # one reads while the other compares
+            deque(threads.map(compare, _portions(keys)), maxlen=0)
 
-def _portions(weights: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """The names of *weights*, so many at a time that they are at most `PORTION` values, or one."""
+
+Portion: TypeAlias = tuple[list[str], range | None]
+"""Names of weights, and which of their rows; None: all of them."""
+
+
+def _portions(keys: Scattered) -> Iterator[Portion]:
+    """The weights, so many at a time that they are at most `PORTION` values, or one that lies in several keys."""
     names: list[str] = []
     values = 0
-    for name, weight in weights.items():
+    for name, weight in keys.weights.items():
+        if weight.numel() > PORTION and keys.rows.whole(name):
+            yield from (([name], rows) for rows in portions(tuple(weight.shape), PORTION))
+            continue
         if names and values + weight.numel() > PORTION:
-            yield names
+            yield names, None
             names, values = [], 0
         names.append(name)
         values += weight.numel()
     if names:
-        yield names
+        yield names, None
+
+
+def _same(found: Tensor, given: Tensor) -> bool:
+    """Whether both hold the same bits once *given* is cast. As integers: floats of 16 bits are compared slowly."""
+    cast = given.cpu().to(found.dtype)
+    as_bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[found.dtype.itemsize]
+    return torch.equal(found.view(as_bits), cast.view(as_bits))
 
 
 def _unhardened_files(checkpoint: Checkpoint, by_part: Mapping[str, object]) -> Iterator[str]:
