@@ -56,7 +56,6 @@ def bare(path: Path, cycles: int, *, published: bool) -> list[float]:
     from peft import LoraConfig
 
     from imma_cli.checkpoints import open_checkpoint
-
     from imma_cli.concepts.batches import pixels
 
     model = open_checkpoint(path).load()  # reading is not what is timed
