@@ -15,7 +15,7 @@ from test_imma import attack_named, some_concept
 from torch import Tensor
 
 from imma_cli.checkpoints import open_checkpoint
-from imma_cli.cli.hardening import carry_out
+from imma_cli.cli.hardening import Task, carry_out
 from imma_cli.concepts.batches import Batch
 from imma_cli.errors import ImmaError
 from imma_cli.families.halving import halve
@@ -107,7 +107,7 @@ def test_low_memory_is_said(imma, tiny_checkpoint, tiny_config, pictures, tmp_pa
 
 @pytest.mark.parametrize("settings", [ImmunizerSettings(steps=2), EpisodesSettings(steps=126, checks=1)])
 def test_networks_that_no_attack_computes_with_take_no_memory(tiny_model: Model, settings) -> None:
-    carry_out(tiny_model, [attack_named("lora")], [some_concept()], settings, CPU, (), Keeper(), quiet=True)
+    carry_out(Task(tiny_model, [attack_named("lora")], [some_concept()], settings, CPU), Keeper(), quiet=True)
     assert sum(p.untyped_storage().nbytes() for p in tiny_model.vae.parameters()) == 0
     assert all(p.untyped_storage().nbytes() for p in tiny_model.unet.parameters())
 
@@ -124,9 +124,8 @@ def test_an_attack_that_says_nothing_keeps_every_network(tiny_model: Model) -> N
             return super().loss(model, batch) + 0 * drawn.mean() + 0 * words.mean()
 
     attack = Decoding(attack_named("lora").settings)
-    result = carry_out(
-        tiny_model, [attack], [some_concept()], ImmunizerSettings(steps=4), CPU, (), Keeper(), quiet=True
-    )
+    task = Task(tiny_model, [attack], [some_concept()], ImmunizerSettings(steps=4), CPU)
+    result = carry_out(task, Keeper(), quiet=True)
     assert len(result.steps) == 2
 
 

@@ -33,7 +33,7 @@ from imma_cli.attacks.gradients import NotFiniteError
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
 from imma_cli.checkpoints import open_checkpoint
-from imma_cli.cli.hardening import retention_for
+from imma_cli.cli.hardening import Task, retention_for
 from imma_cli.concepts.batches import conditioning_of, encode
 from imma_cli.concepts.concept import Concept
 from imma_cli.concepts.drawing import draw_concept
@@ -95,7 +95,7 @@ class Several:
         keep = [prompt for prompt in keeps(CASES["style"]) if not any(name in prompt for name in names)]
 
         def held(of: Sequence[Concept], settings: EpisodesSettings) -> Retention:
-            return retention_for(model, of, settings, self.runtime, keep, quiet=True)
+            return retention_for(Task(model, (), of, settings, self.runtime, keep), quiet=True)
 
         if how == "in turns":
             everything = held(concepts, settings)

@@ -12,9 +12,8 @@ from imma_cli.cli.progress import course
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from imma_cli.cli.hardening import Task
     from imma_cli.concepts.concept import Concept
-    from imma_cli.families.model import Model
-    from imma_cli.families.runtime import Runtime
     from imma_cli.immunizers.erasing import Settings
     from imma_cli.immunizers.keeper import Keeper
 
@@ -30,18 +29,11 @@ class Erased:
     """How far the model was from what erasing aims at, along the way."""
 
 
-def carry_out(
-    model: Model,
-    names: Sequence[str],
-    settings: Settings,
-    runtime: Runtime,
-    keep: Sequence[str],
-    keeper: Keeper,
-    *,
-    quiet: bool,
-) -> Erased:
-    """Erase the concepts *names* from *model*, in memory, with a bar."""
+def carry_out(task: Task, settings: Settings, keeper: Keeper, *, quiet: bool) -> Erased:
+    """Erase the task's concepts from its model, in memory, with a bar."""
     from imma_cli.immunizers.erasing import erase, steps_of
+
+    model, names = task.model, task.names
 
     def make() -> tuple[dict[str, Tensor], list[float]]:
         distances: list[float] = []
@@ -52,7 +44,7 @@ def carry_out(
                     distances.append(distance)
                 advance(done, doing=doing, distance=distance)
 
-            return erase(model, names, settings, runtime, keep, show), distances
+            return erase(model, names, settings, task.runtime, task.keep, show), distances
 
     def unpack(saved: dict[str, Any]) -> tuple[dict[str, Tensor], list[float]]:
         return {name: weight.to(model.device) for name, weight in saved["after"].items()}, saved["distances"]

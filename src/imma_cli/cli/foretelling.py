@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from imma_cli.cli.console import err
@@ -10,27 +9,11 @@ from imma_cli.cli.hardening import kept_prompts
 from imma_cli.cli.progress import rounded
 
 if TYPE_CHECKING:
-    from imma_cli.attacks.attack import Attack
-    from imma_cli.cli.hardening import HardeningSettings
-    from imma_cli.concepts.concept import Concept
-    from imma_cli.families.model import Model
+    from imma_cli.cli.hardening import Task
     from imma_cli.families.recomputing import Recompute
-    from imma_cli.families.runtime import Runtime
 
 
-def say_duration(
-    model: Model,
-    attacks: Sequence[Attack],
-    concepts: Sequence[Concept],
-    settings: HardeningSettings,
-    runtime: Runtime,
-    keep: Sequence[str],
-    recomputed: Recompute | None,
-    *,
-    draws: int,
-    processes: int,
-    besides: str = "",
-) -> None:
+def say_duration(task: Task, recomputed: Recompute | None, *, draws: int, besides: str = "") -> None:
     """About how long hardening is going to take. *draws* of each concept's pictures are still to be drawn: 0, it has them.
 
     *besides* is what takes time that is not counted.
@@ -39,10 +22,14 @@ def say_duration(
     from imma_cli.immunizers.duration import passes_of, seconds_of, seconds_of_prediction
     from imma_cli.immunizers.settings import EpisodesSettings
 
-    kept = len(kept_prompts(model, concepts, settings, keep)) if isinstance(settings, EpisodesSettings) else 0
-    pictures = [draws or len(concept.images) for concept in concepts]
-    passes = passes_of(model, attacks, pictures, settings, drawn=draws > 0, kept=kept, processes=processes)
-    again = recomputed or usual(on_cpu=runtime.device == "cpu", small=model.is_small)
-    seconds = seconds_of(passes, seconds_of_prediction(model, runtime), again)
+    model, settings = task.model, task.settings
+    assert settings is not None
+    kept = 0
+    if isinstance(settings, EpisodesSettings):
+        kept = len(kept_prompts(model, task.concepts, settings, task.keep))
+    pictures = [draws or len(concept.images) for concept in task.concepts]
+    passes = passes_of(model, task.attacks, pictures, settings, drawn=draws > 0, kept=kept, processes=task.shared_by)
+    again = recomputed or usual(on_cpu=task.runtime.device == "cpu", small=model.is_small)
+    seconds = seconds_of(passes, seconds_of_prediction(model, task.runtime), again)
     whole = f"besides {besides}" if besides else "in all"
     err.print(f"About {rounded(seconds)} {whole}, estimated from the time of one prediction.", markup=False)

@@ -224,61 +224,35 @@ def harden(
     settings = hardening.checked(settings, model, len(attacks) * len(concept))
     erasing_settings = erasing_settings_for(model, erase, seed) if erase else None
     draws = draw if settings and not images else 0
-    concepts = concepts or erasing.named_only(concept)
+    task = hardening.Task(
+        model, attacks, concepts or erasing.named_only(concept), settings, runtime, keep or (), several
+    )
     if settings and large and not (quiet or dry_run or saved):
-        foretelling.say_duration(
-            model,
-            attacks,
-            concepts,
-            settings,
-            runtime,
-            keep or (),
-            saving.recomputed,
-            draws=draws,
-            processes=several,
-            besides="erasing" if erase else "",
-        )
+        foretelling.say_duration(task, saving.recomputed, draws=draws, besides="erasing" if erase else "")
     if dry_run:
         from imma_cli.cli.planning import say_plan
 
         drawing_seconds = 0.0
         if draws:
-            concepts, seconds = hardening.draw_all(model, concept, 2, seed, quiet=quiet)
-            drawing_seconds = seconds / 2 * draws
-        say_plan(
-            model,
-            attacks,
-            concepts,
-            settings,
-            erasing_settings,
-            runtime,
-            keep or (),
-            several,
-            target,
-            drawing_seconds,
-            expected,
-            json=json,
-        )
+            concepts, seconds = hardening.draw_all(task, 2, seed, quiet=quiet)
+            task, drawing_seconds = replace(task, concepts=concepts), seconds / 2 * draws
+        say_plan(task, erasing_settings, target, drawing_seconds, expected, json=json)
         return
 
     def record(simulated_steps: int | None = None) -> dict[str, Any]:
-        return hardened.provenance(
-            opened, attacks, concepts, settings, runtime, model, keep or (), seed, erasing_settings, simulated_steps
-        )
+        return hardened.provenance(opened, task, seed, erasing_settings, simulated_steps)
 
     with waiting("Hashing the checkpoint", quiet=quiet):
         asked = resuming.command_of(record(), opened.config, drawn=draws)
     resuming.require_same(saved, asked, processes)
     with resuming.keeping(target, asked, save_every, saved, processes, resume=resume, quiet=quiet) as keeper:
         if draws:
-            concepts = hardening.drawn(model, concept, draws, seed, keeper, processes, quiet=quiet)
+            task = replace(task, concepts=hardening.drawn(task, draws, seed, keeper, processes, quiet=quiet))
         erased = None
         if erasing_settings:
-            erased = erasing.carry_out(model, concept, erasing_settings, runtime, keep or (), keeper, quiet=quiet)
+            erased = erasing.carry_out(task, erasing_settings, keeper, quiet=quiet)
         with profiling.recording(profile if processes.first else None, quiet=quiet) as after_cycle:
-            result = hardening.carry_out(
-                model, attacks, concepts, settings, runtime, keep or (), keeper, after_cycle, processes, quiet=quiet
-            )
+            result = hardening.carry_out(task, keeper, after_cycle, processes, quiet=quiet)
     if not processes.first:
         return
     changes = hardened.Changes.of(model, erased, result)
@@ -289,4 +263,4 @@ def harden(
     if json:
         print_json(hardened.report(written, changes, result, provenance, erased))
     else:
-        hardened.say_done(written, changes, result, checkpoint, attacks, concepts, erased)
+        hardened.say_done(written, changes, result, checkpoint, task, erased)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,22 +18,15 @@ if TYPE_CHECKING:
     from imma_cli.attacks.attack import Attack
     from imma_cli.checkpoints import Checkpoint, WriteReport
     from imma_cli.cli.erasing import Erased
-    from imma_cli.cli.hardening import HardeningSettings
-    from imma_cli.concepts.concept import Concept
+    from imma_cli.cli.hardening import HardeningSettings, Task
     from imma_cli.families.model import Model
-    from imma_cli.families.runtime import Runtime
     from imma_cli.immunizers.erasing import Settings as ErasingSettings
     from imma_cli.immunizers.imma import Immunized
 
 
 def provenance(
     opened: Checkpoint,
-    attacks: list[Attack],
-    concepts: list[Concept],
-    settings: HardeningSettings | None,
-    runtime: Runtime,
-    model: Model,
-    keep: Sequence[str],
+    task: Task,
     seed: int,
     erasing_settings: ErasingSettings | None,
     simulated_steps: int | None,
@@ -47,20 +39,21 @@ def provenance(
     from imma_cli.concepts.concept import hashed
     from imma_cli.immunizers.settings import EpisodesSettings
 
+    settings = task.settings
     own = {"method": "none", "seed": seed} if settings is None else asdict(settings)
-    held = {"keep": list(keep)} if keep or isinstance(settings, EpisodesSettings) else {}
+    held = {"keep": list(task.keep)} if task.keep or isinstance(settings, EpisodesSettings) else {}
     return {
         "tool": "imma",
         "version": __version__,
         "input_sha256": opened.sha256,
         "concepts": [
             {"name": c.name, "images": c.origin, "sha256": list(c.hashes), "captions_sha256": hashed(c.captions)}
-            for c in concepts
+            for c in task.concepts
         ],
-        "attacks": [record(a) | _simulated(a, model, settings) for a in attacks],
+        "attacks": [record(a) | _simulated(a, task.model, settings) for a in task.attacks],
         "settings": {"method": "episodes"} | held | own,
         **({"simulated_steps": simulated_steps} if simulated_steps else {}),
-        "runtime": asdict(runtime),
+        "runtime": asdict(task.runtime),
         **({"erase": asdict(erasing_settings)} if erasing_settings else {}),
     }
 
@@ -168,12 +161,12 @@ def say_done(
     changes: Changes,
     result: Immunized,
     checkpoint: Path,
-    attacks: list[Attack],
-    concepts: list[Concept],
+    task: Task,
     erased: Erased | None,
 ) -> None:
     from imma_cli.attacks.settings import spec
 
+    attacks, names = task.attacks, task.names
     out.print(f"[bold green]Wrote[/] {escape(str(written.path))}")
     out.print(
         f"  changed: {written.tensors} tensors, {written.parameters:,} values, "
@@ -201,7 +194,7 @@ def say_done(
         out.print(f"  left out: {len(written.dropped)} copies of the unhardened weights")
     if result.checks:
         out.print("  Longer attacks get more.")
-    command = ["imma", "verify", str(written.path), "--against", str(checkpoint), "--concept", concepts[0].name]
+    command = ["imma", "verify", str(written.path), "--against", str(checkpoint), "--concept", names[0]]
     command += [
         "--images",
         "FOLDER",
@@ -216,8 +209,8 @@ def say_done(
     out.print("  " + shlex.join(command), markup=False)
     if erased and attacks:
         out.print("  What hardening adds to erasing: --against the erased model alone, as --method none writes it")
-    if len(concepts) > 1:
-        out.print(f"  and the same for the other {len(concepts) - 1} concepts")
+    if len(names) > 1:
+        out.print(f"  and the same for the other {len(names) - 1} concepts")
     out.print(
         f"Who has the {'unhardened' if attacks else 'original'} checkpoint can simply fine-tune that one: do not publish both."
     )

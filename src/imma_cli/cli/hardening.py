@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +26,26 @@ if TYPE_CHECKING:
     HardeningSettings = ImmunizerSettings | EpisodesSettings
 
 FEWEST_KEPT = 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is hardened, against whom, and how."""
+
+    model: Model
+    attacks: Sequence[Attack]
+    concepts: Sequence[Concept]
+    """Where the model is still to draw them, their names are all that counts."""
+    settings: HardeningSettings | None
+    """None: nothing is hardened."""
+    runtime: Runtime
+    keep: Sequence[str] = ()
+    shared_by: int = 1
+    """Processes among which a launcher shares it."""
+
+    @property
+    def names(self) -> list[str]:
+        return [concept.name for concept in self.concepts]
 
 
 def quickened(settings: HardeningSettings, model: Model) -> HardeningSettings:
@@ -116,22 +136,20 @@ def checked(settings: HardeningSettings | None, model: Model, pairs: int) -> Har
     return settings.resolved(model)
 
 
-def drawn(
-    model: Model, names: Sequence[str], count: int, seed: int, keeper: Keeper, processes: Processes, *, quiet: bool
-) -> list[Concept]:
+def drawn(task: Task, count: int, seed: int, keeper: Keeper, processes: Processes, *, quiet: bool) -> list[Concept]:
     """*count* pictures of each concept by the model itself."""
     from imma_cli.concepts.drawing import packed, unpacked
 
     return keeper.once(
         "drawn",
-        lambda: draw_all(model, names, count, seed, processes, quiet=quiet)[0],
+        lambda: draw_all(task, count, seed, processes, quiet=quiet)[0],
         lambda concepts: {"concepts": [packed(concept) for concept in concepts]},
         lambda saved: [unpacked(concept) for concept in saved["concepts"]],
     )
 
 
 def draw_all(
-    model: Model, names: Sequence[str], count: int, seed: int, processes: Processes | None = None, *, quiet: bool
+    task: Task, count: int, seed: int, processes: Processes | None = None, *, quiet: bool
 ) -> tuple[list[Concept], float]:
     """*count* pictures of each concept by the model itself, and the seconds that took."""
     from imma_cli.concepts.drawing import draw_concept
@@ -139,11 +157,11 @@ def draw_all(
 
     concepts = []
     began = monotonic()
-    for name in names:
-        with course(f"Drawing {name}", count, quiet=quiet) as advance:
+    for name in task.names:
+        with course(f"Drawing {name}", count, quiet=quiet) as advance, task.runtime.autocast():
             concepts.append(
                 draw_concept(
-                    model,
+                    task.model,
                     name,
                     role="defend",
                     seed=seed,
@@ -156,21 +174,16 @@ def draw_all(
 
 
 def carry_out(
-    model: Model,
-    attacks: Sequence[Attack],
-    concepts: Sequence[Concept],
-    settings: HardeningSettings | None,
-    runtime: Runtime,
-    keep: Sequence[str],
+    task: Task,
     keeper: Keeper,
     after_cycle: Callable[[], None] = lambda: None,
     processes: Processes | None = None,
     *,
     quiet: bool,
 ) -> Immunized:
-    """Harden with a bar for each thing that takes its time; nothing where *settings* is None.
+    """Harden with a bar for each thing that takes its time; nothing where there are no settings.
 
-    Of *model*, only the UNet can be relied on afterwards: the memory of what is not needed any more is given back.
+    Of the model, only the UNet can be relied on afterwards: the memory of what is not needed any more is given back.
     """
     from imma_cli.families.processes import ALONE
     from imma_cli.immunizers.duration import cycles_of
@@ -186,6 +199,7 @@ def carry_out(
     def release() -> None:
         model.release(needed)
 
+    model, attacks, concepts, settings = task.model, task.attacks, task.concepts, task.settings
     if settings is None:
         return Immunized({})
     processes = processes or ALONE
@@ -193,10 +207,10 @@ def carry_out(
     cycles = cycles_of(model, attacks, len(concepts), settings)
     if not isinstance(settings, EpisodesSettings):
         with course("Hardening", cycles, quiet=quiet) as advance:
-            return immunize(model, attacks, concepts, settings, runtime, show, keeper, release, processes)
+            return immunize(model, attacks, concepts, settings, task.runtime, show, keeper, release, processes)
     retention = keeper.once(
         "retention",
-        lambda: retention_for(model, concepts, settings, runtime, keep, processes, quiet=quiet),
+        lambda: retention_for(task, processes, quiet=quiet),
         vars,
         lambda saved: retained(saved, model.device),
     )
@@ -207,7 +221,7 @@ def carry_out(
             attacks,
             concepts,
             settings,
-            runtime,
+            task.runtime,
             retention,
             show,
             keeper=keeper,
@@ -216,30 +230,21 @@ def carry_out(
         )
 
 
-def retention_for(
-    model: Model,
-    concepts: Sequence[Concept],
-    settings: EpisodesSettings,
-    runtime: Runtime,
-    keep: Sequence[str],
-    processes: Processes | None = None,
-    *,
-    quiet: bool,
-) -> Retention:
-    """What must stay, as the model draws it."""
+def retention_for(task: Task, processes: Processes | None = None, *, quiet: bool) -> Retention:
+    """What must stay where *task* is hardening in episodes, as the model draws it."""
     from imma_cli.families.processes import ALONE
     from imma_cli.immunizers.retention import retain
-    from imma_cli.immunizers.settings import defaults_for
+    from imma_cli.immunizers.settings import EpisodesSettings, defaults_for
 
-    sizes = defaults_for(model)
-    prompts = kept_prompts(model, concepts, settings, keep)
+    assert isinstance(task.settings, EpisodesSettings)
+    prompts = kept_prompts(task.model, task.concepts, task.settings, task.keep)
     with course("Drawing what must stay", len(prompts), quiet=quiet) as advance:
         return retain(
-            model,
+            task.model,
             prompts,
-            noisings=sizes.noisings,
-            seed=settings.seed,
-            runtime=runtime,
+            noisings=defaults_for(task.model).noisings,
+            seed=task.settings.seed,
+            runtime=task.runtime,
             on_picture=advance,
             processes=processes or ALONE,
         )

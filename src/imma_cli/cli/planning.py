@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import monotonic
@@ -29,9 +28,7 @@ from imma_cli.immunizers.uce import UceSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from imma_cli.attacks.attack import Attack
-    from imma_cli.cli.hardening import HardeningSettings
-    from imma_cli.concepts.concept import Concept
+    from imma_cli.cli.hardening import Task
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
     from imma_cli.immunizers.estimate import Estimate
@@ -42,14 +39,8 @@ TRIED_PICTURES = 4
 
 
 def say_plan(
-    model: Model,
-    attacks: list[Attack],
-    concepts: list[Concept],
-    settings: HardeningSettings | None,
+    task: Task,
     erasing: EsdSettings | UceSettings | None,
-    runtime: Runtime,
-    keep: Sequence[str],
-    processes: int,
     target: Path,
     drawing_seconds: float,
     expected: Estimate | None,
@@ -58,20 +49,20 @@ def say_plan(
 ) -> None:
     """Run a few steps of everything for real, on a copy, and say what all of them would take.
 
-    Of a step's batches, and of drawing, what one of *processes* would do.
+    Of a step's batches, and of drawing, what one of the processes would do that share it.
     """
-    names = [concept.name for concept in concepts]
+    model, attacks, settings, runtime, names = task.model, task.attacks, task.settings, task.runtime, task.names
     with waiting("Trying a few steps", quiet=json):
         changed, seconds = _erasing(model, names, erasing, runtime) if erasing else ({}, 0.0)
         cycles = 0
         if settings:
-            tried = share_of(settings, processes)
+            tried = share_of(settings, task.shared_by)
             if isinstance(tried, EpisodesSettings):
-                per_cycle, besides = _timed_episodes(model, attacks, concepts, tried, runtime, keep, processes)
+                per_cycle, besides = _timed_episodes(task, tried)
             else:
-                per_cycle, besides = _timed(model, attacks, concepts, tried, runtime), 0.0
-            cycles = cycles_of(model, attacks, len(concepts), settings)
-            seconds += per_cycle * cycles + besides + drawing_seconds / processes
+                per_cycle, besides = _timed(task, tried), 0.0
+            cycles = cycles_of(model, attacks, len(task.concepts), settings)
+            seconds += per_cycle * cycles + besides + drawing_seconds / task.shared_by
             changed |= protected_weights(model.unet, settings.protect)
     rates = [attack.rates(model) for attack in attacks]
     plan = {
@@ -134,46 +125,33 @@ def _erasing(
     return changed, (drawing[-1] - began) * drawn + per_step * settings.steps
 
 
-def _timed(
-    model: Model,
-    attacks: list[Attack],
-    concepts: list[Concept],
-    settings: ImmunizerSettings,
-    runtime: Runtime,
-) -> float:
-    """Seconds of a cycle."""
+def _timed(task: Task, settings: ImmunizerSettings) -> float:
+    """Seconds of a cycle with *settings*."""
     marks: list[float] = []
 
     def mark(step: Step) -> None:
         marks.append(monotonic())
 
-    turns = len(attacks) * len(concepts)
-    immunize(model, attacks, concepts, replace(settings, steps=2 * TRIED), runtime, mark)
+    turns = len(task.attacks) * len(task.concepts)
+    immunize(task.model, task.attacks, task.concepts, replace(settings, steps=2 * TRIED), task.runtime, mark)
     # the turns take turns, so after the first round, which also warms up, every one has been timed equally often
     return (marks[-1] - marks[turns - 1]) / (len(marks) - turns)
 
 
-def _timed_episodes(
-    model: Model,
-    attacks: list[Attack],
-    concepts: list[Concept],
-    settings: EpisodesSettings,
-    runtime: Runtime,
-    keep: Sequence[str],
-    processes: int,
-) -> tuple[float, float]:
-    """Seconds of a cycle, and of what is done besides: drawings to keep, and the short attacks."""
+def _timed_episodes(task: Task, settings: EpisodesSettings) -> tuple[float, float]:
+    """Seconds of a cycle with *settings*, and of what is done besides: drawings to keep, and the short attacks."""
     marks: list[float] = []
 
     def mark(step: Step) -> None:
         marks.append(monotonic())
 
-    prompts = kept_prompts(model, concepts, settings, keep)
+    model, attacks, concepts, runtime = task.model, task.attacks, task.concepts, task.runtime
+    prompts = kept_prompts(model, concepts, settings, task.keep)
     tried = prompts[:TRIED_PICTURES]
     began = monotonic()
     noisings = defaults_for(model).noisings
     retention = retain(model, tried, noisings=noisings, seed=settings.seed, runtime=runtime)
-    besides = (monotonic() - began) / len(tried) * len(prompts) / processes
+    besides = (monotonic() - began) / len(tried) * len(prompts) / task.shared_by
     # every attack's turn is short, so that all of them are among the few
     turns = max(3, len(attacks) * len(concepts))
     length = TRIED * settings.inner_steps
@@ -181,22 +159,15 @@ def _timed_episodes(
     short = replace(settings, steps=steps, shortest=length, longest=length, checks=0)
     immunize_in_episodes(model, attacks, concepts, short, runtime, retention, on_step=mark)
     if checks := settings.checks_in(settings.cycles(model)):
-        few, more = (_checked(model, attacks, concepts, retention, runtime, steps) for steps in (1, 1 + TRIED))
+        few, more = (_checked(task, retention, steps) for steps in (1, 1 + TRIED))
         besides += (checks + 1) * (few + (more - few) / TRIED * CHECK_STEPS)
     # without the first of every turn: attaching an attacker is little beside the hundreds of steps of a real one
     cycles = [marks[i] - marks[i - 1] for i in range(1, len(marks)) if i % TRIED]
     return sum(cycles) / len(cycles), besides
 
 
-def _checked(
-    model: Model,
-    attacks: list[Attack],
-    concepts: list[Concept],
-    retention: Retention,
-    runtime: Runtime,
-    steps: int,
-) -> float:
+def _checked(task: Task, retention: Retention, steps: int) -> float:
     """Seconds of a round of short attacks, were they *steps* steps long."""
     began = monotonic()
-    QuickCheck(model, attacks, concepts, retention, runtime, seed=0, steps=steps)
+    QuickCheck(task.model, task.attacks, task.concepts, retention, task.runtime, seed=0, steps=steps)
     return monotonic() - began
