@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
 
-FORTH_AND_BACK: dict[Recompute, float] = {"nothing": 2.4, "cheap": 2.6, "blocks": 3.0}
-"""What a prediction with its gradient to the attention takes, in predictions without: at SD 1.x's size, on one core."""
+FORTH_AND_BACK: dict[Recompute, float] = {"nothing": 2.4, "cheap": 2.7, "blocks": 3.2}
+"""What a prediction with its gradient to the attention takes, in predictions without: at SD 1.x's size, on one core (benchmarks/speed/foretold.py)."""
 GUIDED = 2
 """Predictions with the prompt and without."""
 BEFORE_AND_AFTER = 2
