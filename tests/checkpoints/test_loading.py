@@ -341,7 +341,7 @@ def test_one_wrong_value_in_the_last_slice_is_found(
             if tensor is None:
                 return None
             wrong = tensor.clone()
-            wrong[-1] += 1
+            wrong.view(-1)[-1] += 1
             return wrong
 
         rewrite(source, header, target, replaced, *others)

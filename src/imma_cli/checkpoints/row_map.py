@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,7 +105,9 @@ def convert(part: str, layout: Layout, tensors: Mapping[str, Tensor], config: Pa
         return _text_encoder_names(layout, dict(tensors), config)
     if layout == "folder":
         renamed = dict(tensors)
-        empty_network(part, config)._fix_state_dict_keys_on_load(renamed)  # attention names of before 2023
+        _kept_network(part, _text_of(part, config))._fix_state_dict_keys_on_load(
+            renamed
+        )  # attention names of before 2023
         return renamed
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
@@ -120,14 +123,18 @@ def _text_encoder_names(layout: Layout, tensors: dict[str, Tensor], config: Path
 
         tensors = convert_ldm_clip_checkpoint(tensors)
     # transformers took the inner model's name out of the state dict in 5.6; files have it or not
-    nested = hasattr(empty_network("text_encoder", config), "text_model")
+    nested = hasattr(_kept_network("text_encoder", _text_of("text_encoder", config)), "text_model")
     bare = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     return {f"text_model.{name}": tensor for name, tensor in bare.items()} if nested else bare
 
 
 def _described(part: str, config: Path) -> dict[str, Any]:
-    described: dict[str, Any] = json.loads((config / part / "config.json").read_text())
+    described: dict[str, Any] = json.loads(_text_of(part, config))
     return described
+
+
+def _text_of(part: str, config: Path) -> str:
+    return (config / part / "config.json").read_text()
 
 
 def empty_network(part: str, config: Path) -> Any:
@@ -138,10 +145,20 @@ def empty_network(part: str, config: Path) -> Any:
 
 def described_network(part: str, config: Path) -> Any:
     """The network that *config* describes, with weights as torch makes them where nothing else is said."""
+    return _network(part, _described(part, config))
+
+
+@lru_cache(maxsize=3)
+def _kept_network(part: str, text: str) -> Any:
+    """As `empty_network`, for those who only look at it: files are converted in portions, and making it takes longer than one of them."""
+    with torch.device("meta"):
+        return _network(part, json.loads(text))
+
+
+def _network(part: str, described: dict[str, Any]) -> Any:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    described = _described(part, config)
     if part == "text_encoder":
         return CLIPTextModel(CLIPTextConfig.from_dict(described))
     # pipelines take a sample_size under 64 in a configuration of an early version for a mistake, and set 64

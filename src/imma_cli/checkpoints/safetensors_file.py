@@ -13,8 +13,9 @@ import math
 import os
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -215,30 +216,36 @@ def rewrite(
         position += length
     with source_path.open("rb") as source, target_path.open("wb") as target:
         target.write(encode_header({name: entries[name] for name in header.entries if name in entries}, metadata))
-        made = _one_ahead(replacement, [name for name, _ in kept])
-        for (name, entry), new in zip(kept, made, strict=True):
-            length = entry.end - entry.start
-            if new is not None:
-                data = as_bytes(new)
-                if len(data) != length:
-                    raise ValueError(f"{name}: {len(data)} bytes given for {length}")
-                for begin in range(0, length, CHUNK):  # one call for 100 MB takes the system twice as long
-                    target.write(data[begin : begin + CHUNK])
-            else:
-                source.seek(header.data_start + entry.start)
-                _copy(source, target, length)
+        with closing(_one_ahead(replacement, [name for name, _ in kept])) as made:
+            for name, entry in kept:
+                length = entry.end - entry.start
+                if not _write(next(made), target, length, name):
+                    source.seek(header.data_start + entry.start)
+                    _copy(source, target, length)
 
 
-def _one_ahead(make: Callable[[str], Made], names: Sequence[str]) -> Iterator[Made]:
-    """What *make* gives for each of *names*. The next is made while the last one is used: never more than two stand in memory."""
+def _write(new: Tensor | bytes | None, target: IO[bytes], length: int, name: str) -> bool:
+    """Whether there was something to write."""
+    if new is None:
+        return False
+    data = as_bytes(new)
+    if len(data) != length:
+        raise ValueError(f"{name}: {len(data)} bytes given for {length}")
+    for begin in range(0, length, CHUNK):  # one call for 100 MB takes the system twice as long
+        target.write(data[begin : begin + CHUNK])
+    return True
+
+
+def _one_ahead(make: Callable[[str], Made], names: Sequence[str]) -> Generator[Made, None, None]:
+    """What *make* gives for each of *names*. While one is used, the next one or two are made."""
     waiting: deque[Future[Made]] = deque()
     with ThreadPoolExecutor(max_workers=1) as beside:
         for name in names:
             waiting.append(beside.submit(make, name))
             if len(waiting) > 1:
                 yield waiting.popleft().result()
-        for last in waiting:
-            yield last.result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def encode_header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:

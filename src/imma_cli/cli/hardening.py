@@ -158,7 +158,7 @@ def draw_all(
     concepts = []
     began = monotonic()
     for name in task.names:
-        with course(f"Drawing {name}", count, quiet=quiet) as advance, task.runtime.autocast():
+        with course(f"Drawing {name}", count, quiet=quiet) as advance:
             concepts.append(
                 draw_concept(
                     task.model,
