@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -148,10 +146,9 @@ def measure(work: Path, kinds: list[str]) -> None:
         for size in GROWING[growing]:
             if (growing, size) in done:
                 continue
-            command = [sys.executable, __file__, "--work", str(work), "--child", growing, str(size)]
             alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=alone).stdout
-            line = {"growing": growing, "size": size} | json.loads(said.strip().split("\n")[-1])
+            line = {"growing": growing, "size": size}
+            line |= page.child(__file__, "--work", work, "--child", growing, str(size), env=alone)
             with RESULTS.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(line, flush=True)

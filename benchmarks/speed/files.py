@@ -117,9 +117,7 @@ def main() -> None:
                 copy_seconds = copied(path)
                 line = {"dtype": dtype, "changed": protect, "repetition": repetition, "copy_seconds": copy_seconds}
                 for what in (NOTHING, protect):
-                    child = [sys.executable, __file__, "--child", str(path), what]
-                    said = subprocess.run(child, check=True, capture_output=True, text=True).stdout
-                    line |= json.loads(said.splitlines()[-1])
+                    line |= page.child(__file__, "--child", path, what)
                 lines.append(line)
                 print(lines[-1], flush=True)
     RESULTS.parent.mkdir(exist_ok=True)

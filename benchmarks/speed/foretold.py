@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -131,11 +129,9 @@ def main() -> None:
         return
     lines = []
     for which in ("passes", *["run"] * args.repeats):
-        command = [sys.executable, __file__, "--work", str(args.work), "--repeats", str(args.repeats), "--child", which]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        lines.append(said.strip().splitlines()[-1])
+        lines.append(page.child(__file__, "--work", args.work, "--repeats", str(args.repeats), "--child", which))
         print(lines[-1], flush=True)
-    RESULTS.write_text("\n".join(lines) + "\n")
+    RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
     show()
 
 

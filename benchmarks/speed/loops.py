@@ -13,9 +13,8 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +43,16 @@ def concept(side: int, count: int = 2) -> Any:
     return Concept("blue style", tuple(pictures), ("a cat in blue style",) * count, "made")
 
 
+def encoded(model: Any, pictures: Any, number: int) -> tuple[Any, Any]:
+    """Latents and caption of one of *pictures*."""
+    import torch
+
+    with torch.no_grad():
+        latent = model.vae.encode(pictures[number : number + 1]).latent_dist.sample()
+        words = model.family.encode_prompts(model, ["a cat in blue style"])
+    return latent * model.vae.config.scaling_factor, words
+
+
 def bare(path: Path, cycles: int, *, published: bool) -> list[float]:
     """What anybody would write: diffusers' UNet, PEFT's LoRA, two optimizers, encoders thrown away after caching.
 
@@ -62,18 +71,9 @@ def bare(path: Path, cycles: int, *, published: bool) -> list[float]:
     unet, schedule = model.unet, DDPMScheduler.from_config(model.scheduler.config)
     side = model.family.resolution(model)
     pictures = pixels(concept(side).images, side)
-    encoders = [model]
-
-    def encoded(number: int) -> tuple[Any, Any]:
-        with torch.no_grad():
-            latent = encoders[0].vae.encode(pictures[number : number + 1]).latent_dist.sample()
-            words = encoders[0].family.encode_prompts(encoders[0], ["a cat in blue style"])
-        return latent * encoders[0].vae.config.scaling_factor, words
-
-    cached = [encoded(number) for number in range(2)] if not published else []
-    if not published:
-        encoders.clear()
-    del model
+    now = partial(encoded, model, pictures)
+    batch = now if published else [now(number) for number in range(2)].__getitem__
+    del model, now
     names = ("to_q", "to_k", "to_v", "to_out.0")
     attention = [p for n, p in unet.named_parameters() if ".attn" in n and any(f".{name}." in n for name in names)]
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(names)))
@@ -86,7 +86,7 @@ def bare(path: Path, cycles: int, *, published: bool) -> list[float]:
             unet.requires_grad_(published)
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            latent, words = encoded(cycle % 2) if published else cached[cycle % 2]
+            latent, words = batch(cycle % 2)
             noise, at = torch.randn_like(latent), torch.randint(1000, (1,))
             noisy = schedule.add_noise(latent, noise, at)
             loss = F.mse_loss(unet(noisy, at, encoder_hidden_states=words, return_dict=False)[0], noise)
@@ -204,9 +204,8 @@ def measure(work: Path, path: Path, repeats: int, cycles: int) -> None:
     with RESULTS.open("a") as file:
         for repeat in range(repeats):
             for which in (*LOOPS, *(ONCE if repeat == 0 else ())):
-                command = [sys.executable, __file__, "--work", str(work), "--child", which, "--cycles", str(cycles)]
-                said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                line = {"run": run, "repeat": repeat, "which": which} | json.loads(said.strip().split("\n")[-1])
+                line = {"run": run, "repeat": repeat, "which": which}
+                line |= page.child(__file__, "--work", work, "--child", which, "--cycles", str(cycles))
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 print(line, flush=True)

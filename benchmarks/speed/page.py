@@ -1,10 +1,26 @@
-"""Tables of the speed benchmarks go to docs/performance.md, between the comment that names them and the next end."""
+"""What the speed benchmarks share: measuring in a process of its own, and the page.
+
+Tables go to docs/performance.md, between the comment that names them and the next end.
+"""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
+
+
+def child(script: str, *arguments: str | Path, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What *script* says in its last line, as JSON, when it is run with *arguments*. Its complaints go where ours do."""
+    command = [sys.executable, script, *map(str, arguments)]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
+    line: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
+    return line
 
 
 def put(script: str, text: str) -> None:

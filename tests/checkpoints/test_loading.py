@@ -332,6 +332,21 @@ def test_large_weights_are_compared_in_slices_with_the_same_result(
     assert whole.parameters == sum(int((weight > 0).sum()) for weight in weights.values())
 
 
+def test_a_folders_large_weights_are_compared_in_slices_with_the_same_result(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(tiny_folder)
+    weights = checkpoint.load().unet.state_dict()
+    changed = {f"unet.{name}": weight + 0.01 * (weight > 0) for name, weight in weights.items()}
+    whole = checkpoint.write(tmp_path / "whole", changed, {})
+    monkeypatch.setattr(writing, "PORTION", 50)
+    sliced = checkpoint.write(tmp_path / "sliced", changed, {})
+    assert (sliced.tensors, sliced.parameters) == (whole.tensors, whole.parameters)
+    one, other = (open_checkpoint(tmp_path / name).load().unet.state_dict() for name in ("whole", "sliced"))
+    assert all(torch.equal(other[name], weight) for name, weight in one.items())
+    assert not any(torch.equal(other[name], weight) for name, weight in weights.items() if weight.any())
+
+
 def test_one_wrong_value_in_the_last_slice_is_found(
     tiny_checkpoint: Path, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

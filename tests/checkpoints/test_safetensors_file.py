@@ -155,7 +155,7 @@ def test_a_file_rewritten_without_changes_is_what_the_library_wrote(
         assert file.metadata() == {"format": "pt"}
 
 
-def test_replacements_are_made_one_ahead_and_their_errors_arrive(tmp_path: Path) -> None:
+def test_an_error_while_a_replacement_is_made_arrives_after_those_before_it_are_written(tmp_path: Path) -> None:
     source = make(
         tmp_path / "in.safetensors", {name: entry(4 * i, 4 * i + 4) for i, name in enumerate("abcd")}, bytes(16)
     )

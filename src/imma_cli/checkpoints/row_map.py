@@ -105,9 +105,7 @@ def convert(part: str, layout: Layout, tensors: Mapping[str, Tensor], config: Pa
         return _text_encoder_names(layout, dict(tensors), config)
     if layout == "folder":
         renamed = dict(tensors)
-        _kept_network(part, _text_of(part, config))._fix_state_dict_keys_on_load(
-            renamed
-        )  # attention names of before 2023
+        _kept_network(part, config)._fix_state_dict_keys_on_load(renamed)  # attention names of before 2023
         return renamed
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
@@ -123,7 +121,7 @@ def _text_encoder_names(layout: Layout, tensors: dict[str, Tensor], config: Path
 
         tensors = convert_ldm_clip_checkpoint(tensors)
     # transformers took the inner model's name out of the state dict in 5.6; files have it or not
-    nested = hasattr(_kept_network("text_encoder", _text_of("text_encoder", config)), "text_model")
+    nested = hasattr(_kept_network("text_encoder", config), "text_model")
     bare = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     return {f"text_model.{name}": tensor for name, tensor in bare.items()} if nested else bare
 
@@ -148,9 +146,13 @@ def described_network(part: str, config: Path) -> Any:
     return _network(part, _described(part, config))
 
 
+def _kept_network(part: str, config: Path) -> Any:
+    """As `empty_network`, for those who only look at it. Files are converted in portions, and making it takes longer than one of them."""
+    return _kept(part, _text_of(part, config))
+
+
 @lru_cache(maxsize=3)
-def _kept_network(part: str, text: str) -> Any:
-    """As `empty_network`, for those who only look at it: files are converted in portions, and making it takes longer than one of them."""
+def _kept(part: str, text: str) -> Any:
     with torch.device("meta"):
         return _network(part, json.loads(text))
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 NAMED = 8
 PORTION = 10_000_000
 """Values that are read at a time, to be compared."""
+Portion: TypeAlias = tuple[list[str], range | None]
+"""Names of weights, and which of their rows; None: all of them."""
 
 
 def write(
@@ -136,7 +139,7 @@ class Differing:
         self.reasons: list[str] = []
 
     def note(self, part: str, key: str) -> Tensor:
-        """The new tensor of *key*."""
+        """The new tensor of *key*, counted, and checked for values that its dtype cannot hold."""
         keys = self.replaced[part]
         tensor = keys[key]
         if keys.cast(key) and not all_finite(tensor):  # as given, all are
@@ -182,27 +185,30 @@ def _compare(
     for part, keys in replaced.items():
         # the others stand in, and take no memory
         absent = {key: torch.zeros(()).expand(entry.shape) for key, (_, entry) in checkpoint.entries[part].items()}
-
-        def compare(
-            portion: Portion, part: str = part, keys: Scattered = keys, absent: Mapping[str, Tensor] = absent
-        ) -> None:
-            names, rows = portion
-            tensors = dict(absent)
-            for key in {key for name in names for key in keys.rows.sources(name)}:
-                file, _ = keys.place(key)
-                tensors[key] = read_tensor(written[file], headers[file], headers[file].entries[key], rows)
-            converted = convert(part, checkpoint.layout, tensors, checkpoint.config)
-            for name in names:
-                weight = keys.weights[name].detach()
-                if not _same(converted[name], weight if rows is None else weight[rows.start : rows.stop]):
-                    raise RuntimeError(f"{part}.{name} does not read back as it was written; nothing was kept")
-
+        compare = partial(_compare_portion, checkpoint, written, headers, part, keys, absent)
         with ThreadPoolExecutor(max_workers=2) as threads:  # one reads while the other compares
             deque(threads.map(compare, _portions(keys)), maxlen=0)
 
 
-Portion: TypeAlias = tuple[list[str], range | None]
-"""Names of weights, and which of their rows; None: all of them."""
+def _compare_portion(
+    checkpoint: Checkpoint,
+    written: Mapping[WeightFile, Path],
+    headers: Mapping[WeightFile, Header],
+    part: str,
+    keys: Scattered,
+    absent: Mapping[str, Tensor],
+    portion: Portion,
+) -> None:
+    names, rows = portion
+    tensors = dict(absent)
+    for key in {key for name in names for key in keys.rows.sources(name)}:
+        file, _ = keys.place(key)
+        tensors[key] = read_tensor(written[file], headers[file], headers[file].entries[key], rows)
+    converted = convert(part, checkpoint.layout, tensors, checkpoint.config)
+    for name in names:
+        weight = keys.weights[name].detach()
+        if not _same(converted[name], weight if rows is None else weight[rows.start : rows.stop]):
+            raise RuntimeError(f"{part}.{name} does not read back as it was written; nothing was kept")
 
 
 def _portions(keys: Scattered) -> Iterator[Portion]:

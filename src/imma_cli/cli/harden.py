@@ -225,7 +225,7 @@ def harden(
     erasing_settings = erasing_settings_for(model, erase, seed) if erase else None
     draws = draw if settings and not images else 0
     task = hardening.Task(
-        model, attacks, concepts or erasing.named_only(concept), settings, runtime, keep or (), several
+        model, attacks, concepts or erasing.named_only(concept), settings, runtime, keep=keep or (), shared_by=several
     )
     if settings and large and not (quiet or dry_run or saved):
         foretelling.say_duration(task, saving.recomputed, draws=draws, besides="erasing" if erase else "")
@@ -234,8 +234,8 @@ def harden(
 
         drawing_seconds = 0.0
         if draws:
-            concepts, seconds = hardening.draw_all(task, 2, seed, quiet=quiet)
-            task, drawing_seconds = replace(task, concepts=concepts), seconds / 2 * draws
+            few, seconds = hardening.draw_all(task, 2, seed, quiet=quiet)
+            task, drawing_seconds = replace(task, concepts=few), seconds / 2 * draws
         say_plan(task, erasing_settings, target, drawing_seconds, expected, json=json)
         return
 
