@@ -32,7 +32,6 @@ from pathlib import Path
 import psutil, torch
 torch.set_num_threads(1)
 from imma_cli.checkpoints.row_map import described_network
-from imma_cli.cli.fitting import Saving
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.estimate import estimate
 from imma_cli.immunizers.imma import ImmunizerSettings
@@ -45,8 +44,7 @@ from imma_cli.immunizers.imma import immunize
 
 config, low = Path(sys.argv[1]), sys.argv[2] == "low"
 attacks, settings = parse_attacks(["lora"], discover()), ImmunizerSettings(steps=4)
-saving = Saving(low_memory=low)
-again = saving.recomputed or "nothing"
+again = "activations"
 expected = estimate(config, attacks, settings, halved=low, recomputed=again, on_cpu=True)
 before = psutil.Process().memory_info().rss
 networks = {}

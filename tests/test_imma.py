@@ -227,7 +227,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_model(tiny_model: Model)
     assert all(torch.equal(v, before[k]) for k, v in tiny_model.unet.state_dict().items())
 
 
-@pytest.mark.parametrize("recomputed", ["cheap", "blocks"])
+@pytest.mark.parametrize("recomputed", ["activations", "blocks"])
 def test_what_is_computed_again_changes_nothing_but_memory(tiny_model: Model, recomputed: Recompute) -> None:
     plain = immunize(tiny_model, [attack_named("lora")], [some_concept()], ImmunizerSettings(steps=2), CPU).weights
     CPU.apply(tiny_model, recomputed=recomputed)

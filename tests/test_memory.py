@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_imma import attack_named, some_concept
@@ -20,11 +21,14 @@ from imma_cli.concepts.batches import Batch
 from imma_cli.errors import ImmaError
 from imma_cli.families.halving import halve
 from imma_cli.families.model import Model
+from imma_cli.families.recomputing import Recompute, recompute
 from imma_cli.families.runtime import Runtime, choose_runtime
 from imma_cli.immunizers import originals
 from imma_cli.immunizers.episodes import EpisodesSettings
+from imma_cli.immunizers.estimate import Living
 from imma_cli.immunizers.imma import ImmunizerSettings, immunize
 from imma_cli.immunizers.keeper import Keeper
+from imma_cli.immunizers.scope import protected_weights
 
 CPU = Runtime("cpu", "sdpa", "fp32")
 
@@ -83,6 +87,55 @@ def test_attackers_learn_in_32_bits_beside_weights_in_16(tiny_model: Model, atta
         assert {p.dtype for p in parameters.values()} == {torch.float32}
     result = immunize(tiny_model, [attack_named(attack)], [some_concept()], ImmunizerSettings(steps=4), CPU)
     assert all(step.inner_loss is not None for step in result.steps)
+
+
+def held_for_the_way_back(model: Model, what: Recompute) -> tuple[int, dict[str, Tensor]]:
+    """Bytes that are allocated when the way forward is through, besides the weights, and the gradients."""
+    recompute(model.unet, what)
+    weights = protected_weights(model.unet, "attention")
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    words = model.family.encode_prompts(model, ["a cat"]).detach()
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with Living(model.unet.parameters()) as living:
+        out = model.unet(latents, torch.tensor([5]), encoder_hidden_states=words, return_dict=False)[0]
+        gradients = torch.autograd.grad(out.square().mean(), list(weights.values()))
+    return int(living.peak), dict(zip(weights, gradients, strict=True))
+
+
+@pytest.mark.parametrize(("halved", "at_most"), [(False, 0.9), (True, 0.7)])
+def test_making_activations_again_takes_less_memory_for_the_same_gradients(
+    tiny_model: Model, halved: bool, at_most: float
+) -> None:
+    if halved:
+        halve(tiny_model.unet)
+    plain, gradients = held_for_the_way_back(tiny_model, "nothing")
+    less, again = held_for_the_way_back(tiny_model.sharing(), "activations")  # what a copy takes along
+    assert less < at_most * plain
+    assert all(torch.equal(gradients[name], again[name]) for name in gradients)
+    assert held_for_the_way_back(tiny_model, "nothing")[0] == plain
+
+
+def test_a_gradient_of_a_gradient_goes_through_what_is_made_again(tiny_model: Model) -> None:
+    def steepness(what: Recompute) -> Tensor:
+        recompute(tiny_model.unet, what)
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+        out = tiny_model.unet(latents, torch.tensor([5]), encoder_hidden_states=words, return_dict=False)[0]
+        (slope,) = torch.autograd.grad(out.square().mean(), latents, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), latents)[0]
+
+    words = tiny_model.family.encode_prompts(tiny_model, ["a cat"]).detach()
+    for layer in tiny_model.unet.modules():
+        if hasattr(layer, "set_processor"):
+            layer.set_processor(AttnProcessor())  # the fused one has no second derivative
+    assert torch.allclose(steepness("nothing"), steepness("activations"), rtol=1e-4, atol=1e-7)
+
+
+def test_nothing_stays_behind_where_a_network_fails(tiny_model: Model) -> None:
+    recompute(tiny_model.unet, "activations")
+    with pytest.raises(RuntimeError):
+        tiny_model.unet(torch.zeros(1, 3, 8, 8), torch.tensor([5]), encoder_hidden_states=torch.zeros(1, 1, 1))
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def test_low_memory_names_everything_that_it_cannot_do(imma, tiny_checkpoint, tiny_config, pictures) -> None:

@@ -4,7 +4,7 @@
     python benchmarks/speed/sdxl.py --draw  # the table again, from the raw lines
 
 imma does not read SDXL's checkpoints yet. What is measured is what would harden them: the same steps, with the frozen weights in 16 bits,
-what is cheap (or every block) computed twice, and AdamW's moments in 8 bits. Takes about 20 GB of memory.
+activations (or every block) computed twice, and AdamW's moments in 8 bits. Takes about 20 GB of memory.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def show() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recompute", choices=("cheap", "blocks"), default="blocks")
+    parser.add_argument("--recompute", choices=("activations", "blocks"), default="blocks")
     parser.add_argument("--moments", choices=(8, 32), type=int, default=8, help="bits")
     parser.add_argument("--side", type=int, default=1024, help="pixels")
     parser.add_argument("--draw", action="store_true")

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from imma_cli.checkpoints.allocator import give_back_large_blocks
 from imma_cli.checkpoints.row_map import described_network
 from imma_cli.checkpoints.tensors import Float32Weights, all_finite
 from imma_cli.checkpoints.topology import PREFIXES
 from imma_cli.errors import ImmaError
+from imma_cli.families.allocator import give_back_large_blocks
 from imma_cli.families.halving import halved_layers
 from imma_cli.families.model import SMALL_MODEL, Model
 

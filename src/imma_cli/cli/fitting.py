@@ -40,7 +40,7 @@ class Saving:
     @property
     def recomputed(self) -> Recompute | None:
         """What a step computes again; None leaves it to the runtime."""
-        return "blocks" if self.gradient_checkpointing else "cheap" if self.low_memory else None
+        return "blocks" if self.gradient_checkpointing else None
 
 
 LADDER = (Saving(), Saving(low_memory=True), Saving(gradient_checkpointing=True), Saving(True, True))

@@ -29,7 +29,8 @@ def say_duration(task: Task, recomputed: Recompute | None, *, draws: int, beside
         kept = len(kept_prompts(model, task.concepts, settings, task.keep))
     pictures = [draws or len(concept.images) for concept in task.concepts]
     passes = passes_of(model, task.attacks, pictures, settings, drawn=draws > 0, kept=kept, processes=task.shared_by)
-    again = recomputed or usual(on_cpu=task.runtime.device == "cpu", small=model.is_small)
+    runtime = task.runtime
+    again = recomputed or usual(on_cpu=runtime.device == "cpu", small=model.is_small, halved=runtime.halved)
     seconds = seconds_of(passes, seconds_of_prediction(model, task.runtime), again)
     whole = f"besides {besides}" if besides else "in all"
     err.print(f"About {rounded(seconds)} {whole}, estimated from the time of one prediction.", markup=False)

@@ -101,7 +101,7 @@ def harden(
         bool,
         typer.Option(
             "--low-memory",
-            help="Hold weights that nobody trains in 16 bits, and compute what is cheap twice. Without attacks that train all weights.",
+            help="Hold weights that nobody trains in 16 bits. Without attacks that train all weights.",
         ),
     ] = False,
     eight_bit: Annotated[

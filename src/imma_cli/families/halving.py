@@ -6,7 +6,7 @@ Checkpoints that were published in float16 lose nothing by it. bfloat16 stands i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -19,10 +19,24 @@ ATTENTION = re.compile(r"\.attn[12]\.")
 
 
 def _widened(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias as the layer computes with them. In mixed precision that is 16 bits, which autocast sees to itself."""
-    if torch.is_autocast_enabled(inputs.device.type):
-        return layer.weight, layer.bias
-    return layer.weight.to(inputs.dtype), None if layer.bias is None else layer.bias.to(inputs.dtype)
+    """Weight and bias as the layer computes with them."""
+    device = inputs.device.type
+    wanted = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+    weight = layer.weight.to(wanted)
+    if weight is not layer.weight:
+        weight.widened_from = layer.weight  # type: ignore[attr-defined]
+    return weight, None if layer.bias is None else layer.bias.to(wanted)
+
+
+def widened_from(tensor: Tensor) -> Callable[[], Tensor] | None:
+    """How to make *tensor* again, where it is the widened weight of such a layer, or a view of it; else None."""
+    whole = tensor if tensor._base is None else tensor._base
+    narrow: Tensor | None = getattr(whole, "widened_from", None)
+    if narrow is None:
+        return None
+    view = tensor.size(), tensor.stride(), tensor.storage_offset()
+    dtype = tensor.dtype
+    return lambda: narrow.to(dtype).as_strided(*view)
 
 
 class HalvedLinear(nn.Linear):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from imma_cli.errors import ImmaError
+from imma_cli.families.allocator import give_back_gaps
 from imma_cli.families.halving import halve
 from imma_cli.families.recomputing import Recompute, recompute, usual
 
@@ -54,7 +55,7 @@ class Runtime:
     def apply(self, model: Model, *, recomputed: Recompute | None = None) -> Model:
         """Move *model*, switch its attention, and have a step compute again what is *recomputed*.
 
-        None: what is cheap, where that is little of a step's time (large models on processors), else nothing.
+        None: activations for large models on processors and where weights are halved, else nothing.
         """
         if self.halved:
             halve(model.unet)
@@ -65,8 +66,10 @@ class Runtime:
         if self.attention == "xformers":
             model.family.use_xformers(model)
         if recomputed is None:
-            recomputed = usual(on_cpu=self.device == "cpu", small=model.is_small)
+            recomputed = usual(on_cpu=self.device == "cpu", small=model.is_small, halved=self.halved)
         recompute(model.unet, recomputed)
+        if self.device == "cpu" and not model.is_small:
+            give_back_gaps(model.unet)
         return model
 
     def core_to_spare(self, model: Model) -> bool:

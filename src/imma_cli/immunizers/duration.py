@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
 
-FORTH_AND_BACK: dict[Recompute, float] = {"nothing": 2.4, "cheap": 2.7, "blocks": 3.2}
+FORTH_AND_BACK: dict[Recompute, float] = {"nothing": 2.4, "activations": 2.5, "blocks": 3.2}
 """What a prediction with its gradient to the attention takes, in predictions without: at SD 1.x's size, on one core (benchmarks/speed/foretold.py)."""
 GUIDED = 2
 """Predictions with the prompt and without."""

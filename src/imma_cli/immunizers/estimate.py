@@ -74,7 +74,7 @@ def estimate(
     unet, everything = networks["unet"], sizes["unet"]
     small = everything < SMALL_MODEL * FLOAT
     if recomputed is None:
-        recomputed = usual(on_cpu=on_cpu, small=small)
+        recomputed = usual(on_cpu=on_cpu, small=small, halved=halved)
     if halved:
         sizes["unet"] -= sum(_bytes([layer.weight]) // 2 for _, layer in halved_layers(unet))
     protected = _bytes(protected_weights(unet, settings.protect).values())
