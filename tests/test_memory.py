@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_imma import attack_named, some_concept
-from torch import Tensor
+from torch import Tensor, nn
 
 from imma_cli.checkpoints import open_checkpoint
 from imma_cli.cli.hardening import Task, carry_out
@@ -89,8 +91,8 @@ def test_attackers_learn_in_32_bits_beside_weights_in_16(tiny_model: Model, atta
     assert all(step.inner_loss is not None for step in result.steps)
 
 
-def held_for_the_way_back(model: Model, what: Recompute) -> tuple[int, dict[str, Tensor]]:
-    """Bytes that are allocated when the way forward is through, besides the weights, and the gradients."""
+def held_at_most(model: Model, what: Recompute) -> tuple[int, dict[str, Tensor]]:
+    """Bytes that are held at most on the way there and back, besides the weights, and the gradients."""
     recompute(model.unet, what)
     weights = protected_weights(model.unet, "attention")
     for weight in weights.values():
@@ -109,11 +111,66 @@ def test_making_activations_again_takes_less_memory_for_the_same_gradients(
 ) -> None:
     if halved:
         halve(tiny_model.unet)
-    plain, gradients = held_for_the_way_back(tiny_model, "nothing")
-    less, again = held_for_the_way_back(tiny_model.sharing(), "activations")  # what a copy takes along
+    plain, gradients = held_at_most(tiny_model, "nothing")
+    less, again = held_at_most(tiny_model.sharing(), "activations")  # what a copy takes along
     assert less < at_most * plain
     assert all(torch.equal(gradients[name], again[name]) for name in gradients)
-    assert held_for_the_way_back(tiny_model, "nothing")[0] == plain
+    assert held_at_most(tiny_model, "nothing")[0] == plain
+
+
+def test_what_was_computed_without_a_way_back_is_not_held_on_to(tiny_model: Model) -> None:
+    recompute(tiny_model.unet, "activations")
+    for weight in protected_weights(tiny_model.unet, "attention").values():
+        weight.requires_grad_(True)
+    words = tiny_model.family.encode_prompts(tiny_model, ["a cat"]).detach()
+    with Living([*tiny_model.unet.parameters(), words]) as living:
+        out = tiny_model.unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), encoder_hidden_states=words).sample
+        assert living.now > 100_000
+        del out
+        gc.collect()
+        assert living.now < 1_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_mixed_precision_casts_is_made_again_too(dtype: torch.dtype) -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.GroupNorm(2, 4).requires_grad_(False)
+            self.norm.bias.data.fill_(0.3)
+
+        def enable_gradient_checkpointing(self, function: object) -> None: ...
+
+        def disable_gradient_checkpointing(self) -> None: ...
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return F.silu(self.norm(inputs)).to(dtype).square()
+
+    def held_and_slope(what: Recompute) -> tuple[int, Tensor]:
+        recompute(network, what)
+        with Living([inputs]) as living:
+            out = network(inputs).sum()
+            held = int(living.now)
+            return held, torch.autograd.grad(out, inputs)[0]
+
+    network, inputs = Cast(), torch.randn(2, 4, 64, requires_grad=True)
+    (plain, slope), (less, again) = held_and_slope("nothing"), held_and_slope("activations")
+    assert less < plain
+    assert torch.equal(slope, again)
+
+
+def test_a_change_in_place_before_the_way_back_is_an_error(tiny_model: Model) -> None:
+    recompute(tiny_model.unet, "activations")
+    weights = list(protected_weights(tiny_model.unet, "attention").values())
+    for weight in weights:
+        weight.requires_grad_(True)
+    words = tiny_model.family.encode_prompts(tiny_model, ["a cat"]).detach()
+    out = tiny_model.unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), encoder_hidden_states=words).sample
+    with torch.no_grad():
+        for weight in weights:
+            weight.add_(1)
+    with pytest.raises(RuntimeError, match="in place"):
+        torch.autograd.grad(out.sum(), weights)
 
 
 def test_a_gradient_of_a_gradient_goes_through_what_is_made_again(tiny_model: Model) -> None:

@@ -29,9 +29,14 @@ def give_back_gaps(unet: Any) -> None:
             block.register_forward_hook(_give_back)
 
 
+def give_back_freed() -> None:
+    """Give back what was freed, wherever in the heap it was."""
+    _glibc("malloc_trim", 0)
+
+
 def _give_back(block: nn.Module, inputs: Any, outputs: Any) -> None:
     if torch.is_grad_enabled():
-        _glibc("malloc_trim", 0)
+        give_back_freed()
 
 
 def _glibc(name: str, *numbers: int) -> None:

@@ -28,7 +28,7 @@ def _widened(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> tuple[Tensor, Tens
     return weight, None if layer.bias is None else layer.bias.to(wanted)
 
 
-def widened_from(tensor: Tensor) -> Callable[[], Tensor] | None:
+def widening_of(tensor: Tensor) -> Callable[[], Tensor] | None:
     """How to make *tensor* again, where it is the widened weight of such a layer, or a view of it; else None."""
     whole = tensor if tensor._base is None else tensor._base
     narrow: Tensor | None = getattr(whole, "widened_from", None)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from imma_cli.families.allocator import give_back_freed
+
 if TYPE_CHECKING:
     from imma_cli.families.family import Family
-
 
 SMALL_MODEL = 100_000_000
 """Parameters of a UNet below which a model counts as small."""
@@ -66,6 +67,7 @@ class Model:
         for part in {"vae", "text_encoder"}.difference(keep):
             for parameter in self.networks[part].parameters():
                 parameter.data = parameter.data.new_empty(0)
+        give_back_freed()
 
     def freeze(self) -> Model:
         """Evaluation mode, no weight asks for a gradient."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -17,33 +18,30 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from imma_cli.families.halving import widened_from
+from imma_cli.families.halving import widening_of
 
 Recompute = Literal["nothing", "activations", "blocks"]
-"""nothing: everything is kept for the way back. activations: what activations, norms and widened weights give is made again. blocks:
-all is."""
+"""nothing: everything is kept. activations: what activations, frozen group norms and widened weights give is made again. blocks: all is."""
 Again = Callable[[], Tensor]
 
 
 def usual(*, on_cpu: bool, small: bool, halved: bool) -> Recompute:
     """What is computed again where nobody says."""
-    # there, keeping hold of every tensor from Python is little beside a step
+    # there, looking at every tensor from Python is little beside a step
     return "activations" if halved or (on_cpu and not small) else "nothing"
 
 
 def recompute(unet: Any, what: Recompute) -> None:
     """Have diffusers' *unet* compute *what* again. Gradients stay the same, to the last bit on a CPU."""
-    for hooks in (unet._forward_pre_hooks, unet._forward_hooks):
-        for handle in [handle for handle, hook in hooks.items() if hook in (_keep_less, _keep_all)]:
-            del hooks[handle]
     if what == "blocks":
         unet.enable_gradient_checkpointing(_blocks)
     else:
         unet.disable_gradient_checkpointing()
+    unet.__dict__.pop("forward", None)
     if what == "activations":
-        # functions of this module and no closures: copies of the network (copy.deepcopy) take them along
-        unet.register_forward_pre_hook(_keep_less)
-        unet.register_forward_hook(_keep_all, always_call=True)
+        unet.forward = MethodType(
+            _keeping_less, unet
+        )  # a method, which copies of the network (copy.deepcopy) make theirs
 
 
 def _blocks(block: nn.Module | Callable[..., Any], *inputs: Any) -> Any:
@@ -51,31 +49,55 @@ def _blocks(block: nn.Module | Callable[..., Any], *inputs: Any) -> Any:
     return checkpoint(call, *inputs, use_reentrant=False)
 
 
-def _keep_less(unet: nn.Module, inputs: Any) -> None:
+def _keeping_less(unet: nn.Module, *inputs: Any, **options: Any) -> Any:
     norms = {id(module.weight): module for module in unet.modules() if isinstance(module, nn.GroupNorm)}
-    saved_tensors_hooks(partial(_kept, norms), _made).__enter__()
+    with saved_tensors_hooks(partial(_kept, norms), _made):
+        return type(unet).forward(unet, *inputs, **options)
 
 
-def _keep_all(unet: nn.Module, inputs: Any, outputs: Any) -> None:
-    saved_tensors_hooks(_made, _made).__exit__()
-
-
-def _kept(norms: Mapping[int, nn.GroupNorm], tensor: Tensor) -> Tensor | Again:
-    """*tensor*, or how to make it again from what is kept anyway."""
-    if narrow := widened_from(tensor):
-        return narrow
-    made_by: Any = tensor.grad_fn
+def _kept(norms: Mapping[int, nn.GroupNorm], tensor: Tensor) -> Again:
+    """How to get *tensor* again, without keeping it where what makes it is kept anyway."""
+    if made_by := widening_of(tensor):
+        return made_by
+    node: Any = tensor.grad_fn
+    if node is None:
+        return partial(_unchanged, tensor, tensor._version)
+    number, cast = tensor.output_nr, None
+    if node.name() == "ToCopyBackward0":  # in mixed precision
+        cast, (node, number) = tensor.dtype, node.next_functions[0]
     # a norm's other outputs, which it keeps for itself, are its statistics
-    name = made_by.name() if made_by is not None and tensor.output_nr == 0 else ""
+    if node is not None and number == 0 and (made_by := _making(norms, node)):
+        return made_by if cast is None else lambda: made_by().to(cast)
+    # torch forbids to keep the tensor itself: with the operation that keeps what it gave, it would be a circle
+    return partial(_unchanged, tensor.detach(), tensor._version)
+
+
+def _making(norms: Mapping[int, nn.GroupNorm], node: Any) -> Again | None:
+    """How the operation *node* makes its output, where it keeps what that takes."""
+    name = node.name()
     if name == "SiluBackward0":
-        return lambda: F.silu(made_by._saved_self)
+        return lambda: F.silu(node._saved_self)
     if name == "GeluBackward0":
-        return lambda: F.gelu(made_by._saved_self, approximate=made_by._saved_approximate)
-    if name == "NativeGroupNormBackward0" and (norm := norms.get(id(made_by._saved_weight))):
-        return lambda: F.group_norm(made_by._saved_input, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return lambda: F.gelu(node._saved_self, approximate=node._saved_approximate)
+    if name != "NativeGroupNormBackward0":
+        return None
+    # it does not keep its bias, and a weight that is trained comes out as another object: such a norm's output is kept
+    weight = node._saved_weight
+    norm = norms.get(id(weight))
+    if norm is None or norm.weight is not weight:
+        return None
+    bias = norm.bias
+    return lambda: F.group_norm(node._saved_input, norm.num_groups, weight, bias, norm.eps)
+
+
+def _unchanged(tensor: Tensor, version: int) -> Tensor:
+    if tensor._version != version:  # as autograd would say it, which does not look where others keep its tensors
+        raise RuntimeError(
+            "A tensor that a gradient needs was changed in place between the way there and the way back."
+        )
     return tensor
 
 
 @torch.no_grad()
-def _made(kept: Tensor | Again) -> Tensor:
-    return kept if isinstance(kept, Tensor) else kept()
+def _made(again: Again) -> Tensor:
+    return again()
