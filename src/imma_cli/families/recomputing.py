@@ -39,9 +39,8 @@ def recompute(unet: Any, what: Recompute) -> None:
         unet.disable_gradient_checkpointing()
     unet.__dict__.pop("forward", None)
     if what == "activations":
-        unet.forward = MethodType(
-            _keeping_less, unet
-        )  # a method, which copies of the network (copy.deepcopy) make theirs
+        # a method, which copies of the network (copy.deepcopy) make theirs
+        unet.forward = MethodType(_keeping_less, unet)
 
 
 def _blocks(block: nn.Module | Callable[..., Any], *inputs: Any) -> Any:
