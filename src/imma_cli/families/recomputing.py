@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from imma_cli.families.halving import widening_of
 
 Recompute = Literal["nothing", "activations", "blocks"]
-"""nothing: everything is kept. activations: what activations, frozen group norms and widened weights give is made again. blocks: all is."""
+"""nothing: everything is kept. activations: what activations, frozen norms and widened weights give is made again. blocks: all is."""
 Again = Callable[[], Tensor]
+Norm = nn.GroupNorm | nn.LayerNorm
 
 
 def usual(*, on_cpu: bool, small: bool, halved: bool) -> Recompute:
@@ -49,43 +50,47 @@ def _blocks(block: nn.Module | Callable[..., Any], *inputs: Any) -> Any:
 
 
 def _keeping_less(unet: nn.Module, *inputs: Any, **options: Any) -> Any:
-    norms = {id(module.weight): module for module in unet.modules() if isinstance(module, nn.GroupNorm)}
+    norms = {id(module.weight): module for module in unet.modules() if isinstance(module, Norm)}
     with saved_tensors_hooks(partial(_kept, norms), _made):
         return type(unet).forward(unet, *inputs, **options)
 
 
-def _kept(norms: Mapping[int, nn.GroupNorm], tensor: Tensor) -> Again:
+def _kept(norms: Mapping[int, Norm], tensor: Tensor) -> Again:
     """How to get *tensor* again, without keeping it where what makes it is kept anyway."""
     if made_by := widening_of(tensor):
         return made_by
     node: Any = tensor.grad_fn
     if node is None:
         return partial(_unchanged, tensor, tensor._version)
-    number, cast = tensor.output_nr, None
-    if node.name() == "ToCopyBackward0":  # in mixed precision
-        cast, (node, number) = tensor.dtype, node.next_functions[0]
+    number, size, dtype = tensor.output_nr, tensor.size(), tensor.dtype
+    # what a layer makes of its inputs: rows of them, of fewer bits in mixed precision
+    for step in ("ViewBackward0", "ToCopyBackward0"):
+        if node is not None and node.name() == step:
+            node, number = node.next_functions[0]
     # a norm's other outputs, which it keeps for itself, are its statistics
     if node is not None and number == 0 and (made_by := _making(norms, node)):
-        return made_by if cast is None else lambda: made_by().to(cast)
+        return lambda: made_by().to(dtype).reshape(size)
     # torch forbids to keep the tensor itself: with the operation that keeps what it gave, it would be a circle
     return partial(_unchanged, tensor.detach(), tensor._version)
 
 
-def _making(norms: Mapping[int, nn.GroupNorm], node: Any) -> Again | None:
+def _making(norms: Mapping[int, Norm], node: Any) -> Again | None:
     """How the operation *node* makes its output, where it keeps what that takes."""
     name = node.name()
     if name == "SiluBackward0":
         return lambda: F.silu(node._saved_self)
     if name == "GeluBackward0":
         return lambda: F.gelu(node._saved_self, approximate=node._saved_approximate)
-    if name != "NativeGroupNormBackward0":
+    if name not in ("NativeGroupNormBackward0", "NativeLayerNormBackward0"):
         return None
-    # it does not keep its bias, and a weight that is trained comes out as another object: such a norm's output is kept
+    # neither keeps all that its module knows, and a weight that is trained comes out as another object: such a norm's output is kept
     weight = node._saved_weight
     norm = norms.get(id(weight))
     if norm is None or norm.weight is not weight:
         return None
     bias = norm.bias
+    if isinstance(norm, nn.LayerNorm):
+        return lambda: F.layer_norm(node._saved_input, norm.normalized_shape, weight, bias, norm.eps)
     return lambda: F.group_norm(node._saved_input, norm.num_groups, weight, bias, norm.eps)
 
 
