@@ -86,7 +86,7 @@ def _making(norms: Mapping[int, Norm], node: Any) -> Again | None:
     # neither keeps all that its module knows, and a weight that is trained comes out as another object: such a norm's output is kept
     weight = node._saved_weight
     norm = norms.get(id(weight))
-    if norm is None or norm.weight is not weight:
+    if norm is None:
         return None
     bias = norm.bias
     if isinstance(norm, nn.LayerNorm):
