@@ -167,6 +167,87 @@ def test_what_mixed_precision_casts_is_made_again_too(norm: nn.GroupNorm | nn.La
     assert torch.equal(slope, again)
 
 
+class Like(nn.GroupNorm):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return 2 * F.group_norm(inputs, self.num_groups, self.weight, None, self.eps)
+
+
+class Changed(nn.SiLU):
+    def forward(self, inputs: Tensor) -> Tensor:
+        out = super().forward(inputs)
+        with torch.no_grad():
+            return out.mul_(3)
+
+
+class LaidOut(nn.SiLU):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs).to(torch.float64, memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.GroupNorm(2, 4, affine=False), nn.GroupNorm(4, 4, affine=False)],
+        [nn.LayerNorm(8, elementwise_affine=False, eps=1.0), nn.LayerNorm(8, elementwise_affine=False)],
+        [nn.LayerNorm(8, bias=False), nn.LayerNorm(8)],
+        [nn.GroupNorm(2, 4), Like(4, 4)],
+        [Changed()],
+        [LaidOut()],
+    ],
+    ids=["group norms without weights", "layer norms without", "no bias", "subclass", "changed in place", "laid out"],
+)
+def test_what_cannot_be_told_how_it_was_made_is_kept(layers: list[nn.Module]) -> None:
+    class Squared(Cast):
+        def forward(self, inputs: Tensor) -> Tensor:
+            for layer in self.layers:
+                inputs = layer(inputs).square()
+            return inputs
+
+    network = Squared(nn.GroupNorm(1, 1), torch.float32)
+    network.layers = nn.ModuleList(layers).requires_grad_(False)
+    inputs = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+
+    def slope(what: Recompute) -> Tensor:
+        recompute(network, what)
+        return torch.autograd.grad(network(inputs).sum(), inputs)[0]
+
+    assert torch.equal(slope("nothing"), slope("activations"))
+
+
+def test_a_bias_that_learns_between_two_ways_back_does_not_change_the_second(tiny_model: Model) -> None:
+    norm = nn.GroupNorm(2, 4)
+    norm.weight.requires_grad_(False)
+    network, inputs = Cast(nn.GroupNorm(1, 1), torch.float64), torch.randn(2, 4, 8, requires_grad=True)
+    network.norm = norm
+    recompute(network, "activations")
+    out = network(inputs).sum()
+    (first,) = torch.autograd.grad(out, inputs, retain_graph=True)
+    with torch.no_grad():
+        norm.bias.add_(1)
+    assert torch.equal(torch.autograd.grad(out, inputs)[0], first)
+
+
+def test_a_network_that_keeps_less_is_saved_and_copied_as_any_other(tiny_model: Model, tmp_path: Path) -> None:
+    recompute(tiny_model.unet, "activations")
+    torch.save(tiny_model.unet, tmp_path / "unet.pt")
+    for other in (torch.load(tmp_path / "unet.pt", weights_only=False), copy.deepcopy(tiny_model.unet)):
+        with torch.no_grad():
+            tiny_model.unet.conv_out.bias.fill_(torch.nan)
+        words = tiny_model.family.encode_prompts(tiny_model, ["a cat"]).detach()
+        out = other(torch.randn(1, 4, 8, 8), torch.tensor([5]), encoder_hidden_states=words, return_dict=False)[0]
+        assert torch.isfinite(out).all()
+
+
+def test_a_forward_that_another_put_there_stays(tiny_model: Model) -> None:
+    def theirs(*inputs: object, **options: object) -> str:
+        return "theirs"
+
+    tiny_model.unet.forward = theirs
+    for what in ("activations", "blocks", "nothing"):
+        recompute(tiny_model.unet, what)
+        assert tiny_model.unet(None) == "theirs"
+
+
 def test_a_norm_that_is_trained_keeps_what_it_gave(tiny_model: Model) -> None:
     """Its weight changes before the next step, and autograd hands out another object for it."""
     unet = tiny_model.unet

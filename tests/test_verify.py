@@ -494,6 +494,7 @@ def test_a_report_says_everything_and_can_be_continued(imma: Any, arguments: lis
         *("trials.jsonl", "pictures.jsonl", "study.db", "summary.json", "report.html", "model-card.md")
     }
     assert json.loads((report / "summary.json").read_text()) == summary
+    assert "--preset quick --budget 6 --images-per-prompt 2" in (report / "model-card.md").read_text()
     lines = [json.loads(line) for line in (report / "trials.jsonl").read_text().splitlines()]
     trials = [line for line in lines if line["kind"] == "measurement"]
     assert len(trials) == 2 * 2 * 3

@@ -94,7 +94,7 @@ class Foretold:
         if now - self.began < self.AFTER or done <= before or not self._due(done, now):
             return
         left = timedelta(seconds=round((now - then) / (done - before) * (self.total - done)))
-        err.print(f"  {done:g} done, about {left} left" if self.said else f"  about {left} left", markup=False)
+        err.print(f"  {done:.0f} done, about {left} left" if self.said else f"  about {left} left", markup=False)
         self.said = done, now
 
     def _due(self, done: float, now: float) -> bool:

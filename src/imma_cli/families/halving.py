@@ -35,8 +35,14 @@ def widening_of(tensor: Tensor) -> Callable[[], Tensor] | None:
     if narrow is None:
         return None
     view = tensor.size(), tensor.stride(), tensor.storage_offset()
-    dtype = tensor.dtype
-    return lambda: narrow.to(dtype).as_strided(*view)
+    dtype, version = tensor.dtype, narrow._version
+
+    def widened() -> Tensor:
+        if narrow._version != version:
+            raise RuntimeError("A weight in 16 bits was changed between the way there and the way back.")
+        return narrow.to(dtype).as_strided(*view)
+
+    return widened
 
 
 class HalvedLinear(nn.Linear):

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +37,11 @@ def recompute(unet: Any, what: Recompute) -> None:
         unet.enable_gradient_checkpointing(_blocks)
     else:
         unet.disable_gradient_checkpointing()
-    unet.__dict__.pop("forward", None)
-    if what == "activations":
-        # a method, which copies of the network (copy.deepcopy) make theirs
-        unet.forward = MethodType(_keeping_less, unet)
+    own = unet.__dict__.get("forward")
+    if isinstance(own, partial) and own.func is _keeping_less:
+        del unet.forward
+    if what == "activations" and "forward" not in unet.__dict__:  # another's stays
+        unet.forward = partial(_keeping_less, unet)
 
 
 def _blocks(block: nn.Module | Callable[..., Any], *inputs: Any) -> Any:
@@ -50,7 +50,9 @@ def _blocks(block: nn.Module | Callable[..., Any], *inputs: Any) -> Any:
 
 
 def _keeping_less(unet: nn.Module, *inputs: Any, **options: Any) -> Any:
-    norms = {id(module.weight): module for module in unet.modules() if isinstance(module, Norm)}
+    # a subclass may compute something else, and without a weight nobody can tell whose output it is
+    found = (module for module in unet.modules() if isinstance(module, Norm) and type(module) in get_args(Norm))
+    norms = {id(norm.weight): norm for norm in found if norm.weight is not None}
     with saved_tensors_hooks(partial(_kept, norms), _made):
         return type(unet).forward(unet, *inputs, **options)
 
@@ -62,14 +64,15 @@ def _kept(norms: Mapping[int, Norm], tensor: Tensor) -> Again:
     node: Any = tensor.grad_fn
     if node is None:
         return partial(_unchanged, tensor, tensor._version)
-    number, size, dtype = tensor.output_nr, tensor.size(), tensor.dtype
+    number = tensor.output_nr
     # what a layer makes of its inputs: rows of them, of fewer bits in mixed precision
     for step in ("ViewBackward0", "ToCopyBackward0"):
         if node is not None and node.name() == step:
             node, number = node.next_functions[0]
     # a norm's other outputs, which it keeps for itself, are its statistics
-    if node is not None and number == 0 and (made_by := _making(norms, node)):
-        return lambda: made_by().to(dtype).reshape(size)
+    if node is not None and number == 0 and tensor._version == 0 and (made_by := _making(norms, node)):
+        laid_out = tensor.size(), tensor.stride()
+        return partial(_like, laid_out, tensor.dtype, tensor.device, made_by)
     # torch forbids to keep the tensor itself: with the operation that keeps what it gave, it would be a circle
     return partial(_unchanged, tensor.detach(), tensor._version)
 
@@ -86,12 +89,23 @@ def _making(norms: Mapping[int, Norm], node: Any) -> Again | None:
     # neither keeps all that its module knows, and a weight that is trained comes out as another object: such a norm's output is kept
     weight = node._saved_weight
     norm = norms.get(id(weight))
-    if norm is None:
+    if norm is None or norm.bias is None or norm.bias.requires_grad:
         return None
-    bias = norm.bias
+    bias = partial(_unchanged, norm.bias, norm.bias._version)
     if isinstance(norm, nn.LayerNorm):
-        return lambda: F.layer_norm(node._saved_input, norm.normalized_shape, weight, bias, norm.eps)
-    return lambda: F.group_norm(node._saved_input, norm.num_groups, weight, bias, norm.eps)
+        return lambda: F.layer_norm(node._saved_input, norm.normalized_shape, weight, bias(), norm.eps)
+    return lambda: F.group_norm(node._saved_input, norm.num_groups, weight, bias(), norm.eps)
+
+
+def _like(
+    laid_out: tuple[torch.Size, tuple[int, ...]], dtype: torch.dtype, device: torch.device, again: Again
+) -> Tensor:
+    """What *again* makes, with the size and the strides of the tensor that it stands for."""
+    size, stride = laid_out
+    made = again().to(device, dtype).reshape(size)
+    return (
+        made if made.stride() == stride else torch.empty_strided(size, stride, dtype=dtype, device=device).copy_(made)
+    )
 
 
 def _unchanged(tensor: Tensor, version: int) -> Tensor:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
 
-FORTH_AND_BACK: dict[Recompute, float] = {"nothing": 2.4, "activations": 2.5, "blocks": 3.2}
-"""What a prediction with its gradient to the attention takes, in predictions without: at SD 1.x's size, on one core, the larger of two machines'
+FORTH_AND_BACK: dict[Recompute, float] = {"nothing": 2.5, "activations": 2.5, "blocks": 3.0}
+"""What a prediction with its gradient to the attention takes, in predictions without: at SD 1.x's size, on one core, rounded up to halves
 (benchmarks/speed/foretold.py)."""
 GUIDED = 2
 """Predictions with the prompt and without."""

@@ -8,9 +8,11 @@ from collections.abc import Collection, Iterable, Mapping
 from html import escape
 from typing import Any
 
+from imma_cli.verification.plan import PRESETS
 from imma_cli.verification.records import Records
 from imma_cli.verification.report import gaps, words
 from imma_cli.verification.report.rows import AttackRow, MetricRow, attack_rows, end_of_budget
+from imma_cli.verification.trials import points_of
 
 TASK = "text-to-image"
 
@@ -190,6 +192,8 @@ def _reproduce(summary: Mapping[str, Any], rows: list[AttackRow]) -> str:
     parts = ["imma", "verify", "HARDENED.safetensors", "--against", "ORIGINAL.safetensors", "--concept", concept]
     parts += ["--images", "FOLDER", "--judge", "FOLDER", *(part for row in rows for part in ("--attack", row.spec))]
     if scope is not None:
+        if preset := _preset(scope):
+            parts += ["--preset", preset]
         parts += ["--budget", str(scope["budget"]), "--images-per-prompt", str(scope["images_per_prompt"])]
     if rows:
         parts += ["--trials", "0", "--seeds", str(max([1, *(len(row.seeds) for row in rows)]))]
@@ -201,6 +205,16 @@ def _reproduce(summary: Mapping[str, Any], rows: list[AttackRow]) -> str:
         f"them, every setting and the package versions.\n\n{_fenced(command)}\n\n"
         "`imma report REPORT` draws the page, the summary and this card again from the raw lines."
     )
+
+
+def _preset(scope: Mapping[str, Any]) -> str | None:
+    """The preset that gives what no option of its own does: points, prompts, steps of the sampler."""
+    for name, effort in PRESETS.items():
+        prompts = len(scope["prompts"].get(scope["concept"], ()))
+        theirs = list(points_of(scope["budget"], effort.points)), effort.prompts, effort.drawing_steps
+        if theirs == (list(scope["points"]), prompts, scope["options"].get("drawing_steps")):
+            return name
+    return None
 
 
 def _bullets(sentences: Iterable[str]) -> str:
