@@ -210,9 +210,10 @@ def _reproduce(summary: Mapping[str, Any], rows: list[AttackRow]) -> str:
 def _preset(scope: Mapping[str, Any]) -> str | None:
     """The preset that gives what no option of its own does: points, prompts, steps of the sampler."""
     for name, effort in PRESETS.items():
-        prompts = len(scope["prompts"].get(scope["concept"], ()))
-        theirs = list(points_of(scope["budget"], effort.points)), effort.prompts, effort.drawing_steps
-        if theirs == (list(scope["points"]), prompts, scope["options"].get("drawing_steps")):
+        asked = len(scope["prompts"].get(scope["concept"], ()))  # fewer than the preset's where there are few captions
+        looks = list(points_of(scope["budget"], effort.points)), effort.drawing_steps
+        same = looks == (list(scope["points"]), scope["options"].get("drawing_steps"))
+        if same and asked <= effort.prompts:
             return name
     return None
 
