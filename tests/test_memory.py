@@ -169,7 +169,7 @@ def test_what_mixed_precision_casts_is_made_again_too(norm: nn.GroupNorm | nn.La
 
 class Like(nn.GroupNorm):
     def forward(self, inputs: Tensor) -> Tensor:
-        return 2 * F.group_norm(inputs, self.num_groups, self.weight, None, self.eps)
+        return F.group_norm(inputs, self.num_groups, self.weight, None, self.eps).square()
 
 
 class Changed(nn.SiLU):
@@ -205,6 +205,8 @@ def test_what_cannot_be_told_how_it_was_made_is_kept(layers: list[nn.Module]) ->
 
     network = Squared(nn.GroupNorm(1, 1), torch.float32)
     network.layers = nn.ModuleList(layers).requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        parameter.data.fill_(0.3 if name.endswith("bias") else 1.7)
     inputs = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
 
     def slope(what: Recompute) -> Tensor:
@@ -276,6 +278,18 @@ def test_a_change_in_place_before_the_way_back_is_an_error(tiny_model: Model) ->
             weight.add_(1)
     with pytest.raises(RuntimeError, match="in place"):
         torch.autograd.grad(out.sum(), weights)
+
+
+def test_so_is_a_change_of_a_weight_in_16_bits(tiny_model: Model) -> None:
+    halve(tiny_model.unet)
+    recompute(tiny_model.unet, "activations")
+    latents = torch.randn(1, 4, 8, 8).requires_grad_(True)
+    words = tiny_model.family.encode_prompts(tiny_model, ["a cat"]).detach()
+    out = tiny_model.unet(latents, torch.tensor([5]), encoder_hidden_states=words).sample
+    with torch.no_grad():
+        tiny_model.unet.conv_out.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="16 bits was changed"):
+        torch.autograd.grad(out.sum(), latents)
 
 
 def test_a_gradient_of_a_gradient_goes_through_what_is_made_again(tiny_model: Model) -> None:

@@ -50,9 +50,9 @@ def _blocks(block: nn.Module | Callable[..., Any], *inputs: Any) -> Any:
 
 
 def _keeping_less(unet: nn.Module, *inputs: Any, **options: Any) -> Any:
-    # a subclass may compute something else, and without a weight nobody can tell whose output it is
+    # a subclass may compute something else
     found = (module for module in unet.modules() if isinstance(module, Norm) and type(module) in get_args(Norm))
-    norms = {id(norm.weight): norm for norm in found if norm.weight is not None}
+    norms = {id(norm.weight): norm for norm in found}
     with saved_tensors_hooks(partial(_kept, norms), _made):
         return type(unet).forward(unet, *inputs, **options)
 
@@ -86,7 +86,7 @@ def _making(norms: Mapping[int, Norm], node: Any) -> Again | None:
         return lambda: F.gelu(node._saved_self, approximate=node._saved_approximate)
     if name not in ("NativeGroupNormBackward0", "NativeLayerNormBackward0"):
         return None
-    # neither keeps all that its module knows, and a weight that is trained comes out as another object: such a norm's output is kept
+    # without weight and bias nobody can tell whose output it is; neither keeps all that its module knows, and a weight that is trained comes out as another object: such a norm's output is kept
     weight = node._saved_weight
     norm = norms.get(id(weight))
     if norm is None or norm.bias is None or norm.bias.requires_grad:

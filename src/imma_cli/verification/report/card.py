@@ -209,8 +209,8 @@ def _reproduce(summary: Mapping[str, Any], rows: list[AttackRow]) -> str:
 
 def _preset(scope: Mapping[str, Any]) -> str | None:
     """The preset that gives what no option of its own does: points, prompts, steps of the sampler."""
+    asked = len(scope["prompts"].get(scope["concept"], ()))  # fewer than the preset's where there are few captions
     for name, effort in PRESETS.items():
-        asked = len(scope["prompts"].get(scope["concept"], ()))  # fewer than the preset's where there are few captions
         looks = list(points_of(scope["budget"], effort.points)), effort.drawing_steps
         same = looks == (list(scope["points"]), scope["options"].get("drawing_steps"))
         if same and asked <= effort.prompts:
