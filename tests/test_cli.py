@@ -205,6 +205,21 @@ def test_rates_that_end_in_nan_write_nothing(imma, tiny_checkpoint, tiny_config,
     assert tiny_checkpoint.read_bytes() == before
 
 
+def test_hardening_what_imma_wrote_is_said(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
+    def run(source: Path, *more: object) -> str:
+        code, _, err = imma(
+            "harden", source, "--config", tiny_config, "--concept", "blue style", "--images", pictures, "--steps", 2,
+            "--method", "imma", "--attack", "lora", "--device", "cpu", "--output", tmp_path / "hard.safetensors", *more,
+        )  # fmt: skip
+        assert code == 0, err
+        return str(err)
+
+    assert "has been here before" not in run(tiny_checkpoint)
+    again = tmp_path / "again.safetensors"
+    (tmp_path / "hard.safetensors").rename(again)
+    assert "imma has been here before (for blue style)" in " ".join(run(again, "--dry-run").split())
+
+
 def test_a_dry_run_says_what_would_happen(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:
     code, out, err = imma(
         "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "x", "--attack", "lora", "--images", pictures, "--dry-run",

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from imma_cli.environment import SETTINGS
 from imma_cli.errors import ImmaError
 from imma_cli.families.model import Model
 from imma_cli.families.runtime import Runtime, choose_runtime
@@ -60,3 +65,22 @@ def test_xformers_agrees_with_sdpa_forward_and_backward(tiny_model: Model, preci
         found.append((value.detach(), torch.autograd.grad(value, weight)[0]))
     for one, other in zip(*found, strict=True):
         assert float((one - other).abs().max()) <= tolerance * float(one.abs().max())
+
+
+def test_large_tensors_ask_for_huge_pages_where_nobody_said_otherwise() -> None:
+    """In a process of its own: torch looks when it first makes a tensor."""
+    if not Path("/proc/self/smaps").exists():
+        pytest.skip("this system does not tell of its mappings")
+    looks = (
+        "from imma_cli.environment import prepare_environment; prepare_environment(); import torch;"
+        "made = torch.ones(64 * 2**20); lines = open('/proc/self/smaps').readlines();"
+        "print(sum(line.startswith('VmFlags') and ' hg' in line for line in lines))"
+    )
+
+    def mappings(**said: str) -> int:
+        env = {name: value for name, value in os.environ.items() if name not in SETTINGS} | said
+        out = subprocess.run([sys.executable, "-c", looks], env=env, check=True, capture_output=True, text=True).stdout
+        return int(out)
+
+    assert mappings() > 0
+    assert mappings(THP_MEM_ALLOC_ENABLE="0") == 0

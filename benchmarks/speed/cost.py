@@ -18,7 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from imma_cli.environment import prepare_environment
+
+prepare_environment()
 
 import page
 from loops import concept

@@ -16,6 +16,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
+from imma_cli.environment import prepare_environment
+
+prepare_environment()
+
 import page
 
 RESULTS = Path(__file__).parent / "results" / "foretold.jsonl"

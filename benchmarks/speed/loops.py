@@ -102,7 +102,9 @@ def bare(path: Path, cycles: int, *, published: bool) -> list[float]:
 
 def ours(path: Path, cycles: int, *, low_memory: bool, checkpointing: bool) -> list[float]:
     """What `imma harden --method imma --attack lora` does between reading and writing."""
+    from imma_cli.environment import prepare_environment
 
+    prepare_environment()
     from imma_cli.attacks.manager import discover
     from imma_cli.attacks.settings import parse_attacks
     from imma_cli.checkpoints import open_checkpoint

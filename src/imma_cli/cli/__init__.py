@@ -15,6 +15,7 @@ from imma_cli import __version__
 from imma_cli.cli import attacks, demo, harden, inspect, install, metrics, new_attack, report, uninstall, verify
 from imma_cli.cli.console import err, show_error
 from imma_cli.cli.fitting import out_of_memory
+from imma_cli.environment import prepare_environment
 from imma_cli.errors import ImmaError
 
 app = typer.Typer(
@@ -84,8 +85,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """The entry point ``imma``."""
-    # torch's waiting threads spin and starve whoever else needs the processor
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    prepare_environment()
     # xformers warns at import where there is no GPU it was built for; what that means is said by --attention
     logging.getLogger("xformers").setLevel(logging.ERROR)
     signal.signal(signal.SIGINT, _interrupt)

@@ -188,7 +188,7 @@ def harden(
     from imma_cli.immunizers.erasing import settings_for as erasing_settings_for
 
     processes = joined(runtime.device) if not (dry_run or method == "none") else ALONE
-    for notice in opened.notices:
+    for notice in opened.notices + hardened.before(opened):
         if not quiet:
             err.print(f"[yellow]Note:[/] {escape(notice)}")
     settings = hardening.settings_for(
@@ -215,7 +215,7 @@ def harden(
         if saving.low_memory and not low_memory:
             attacks = hardening.without_copies(attacks, quiet=quiet)
     runtime = replace(runtime, halved=saving.low_memory)
-    if not quiet:
+    if not (quiet or dry_run):  # which says it with the rest
         err.print(f"On {runtime}", markup=False)
     with waiting("Reading the checkpoint", quiet=quiet):
         model = runtime.apply(opened.load(halved=runtime.halved), recomputed=saving.recomputed)

@@ -24,6 +24,18 @@ if TYPE_CHECKING:
     from imma_cli.immunizers.imma import Immunized
 
 
+def before(opened: Checkpoint) -> tuple[str, ...]:
+    """What its user should know of a checkpoint that imma wrote: the new record takes the place of the old one."""
+    made = opened.provenance
+    if made is None:
+        return ()
+    concepts = ", ".join(concept["name"] for concept in made.get("concepts", []))
+    return (
+        f"imma has been here before (for {concepts}). This run comes on top: what it writes says only what this run does, "
+        "and resistance is measured best against the original that the first run was given.",
+    )
+
+
 def provenance(
     opened: Checkpoint,
     task: Task,

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 M_MMAP_THRESHOLD = -3  # malloc.h
-LARGE = 4 * 2**20
-"""Bytes from which a block has a mapping of its own. Smaller ones would be mapped and cleared anew in every step, which takes time."""
+LARGE = 16 * 2**20
+"""Bytes from which a block has a mapping of its own. Such a block is cleared by the system in every step, which takes time; smaller ones are used again."""
 
 
 def give_back_large_blocks() -> None:
@@ -22,9 +22,10 @@ def give_back_large_blocks() -> None:
 
 
 def give_back_gaps(unet: Any) -> None:
-    """Have every block of diffusers' *unet* give back the heap's gaps when it is through, on the way there to a gradient:
-    at the turn, when most is held, there would be half a gigabyte of them at SD 1.x's size."""
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+    """Have diffusers' *unet* give back the heap's gaps on the way there to a gradient, halfway and before its last block:
+    at the turn, when most is held, there would be a quarter of a gigabyte of them at SD 1.x's size. What is given back
+    is cleared before it is used again, so every block would do it too often."""
+    for block in (unet.mid_block, *unet.up_blocks[-2:-1]):
         if _give_back not in block._forward_hooks.values():
             block.register_forward_hook(_give_back)
 

@@ -1,0 +1,19 @@
+"""What must be set before torch is imported. Whoever has set it keeps it."""
+
+from __future__ import annotations
+
+import os
+
+SETTINGS = {
+    # threads that wait spin, and starve whoever else needs the processor
+    "OMP_WAIT_POLICY": "passive",
+    # tensors from 2 MB on Linux's huge pages, where the system gives them to those who ask: new memory comes in
+    # pieces of 2 MB instead of 4 kB, which is the greater part of what bringing it in takes
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+
+
+def prepare_environment() -> None:
+    """Set up this process, and those that it starts, for computing on a processor."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
