@@ -10,15 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-M_MMAP_THRESHOLD = -3  # malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 LARGE = 16 * 2**20
 """Bytes from which a block has a mapping of its own. Such a block is cleared by the system in every step, which takes time; smaller ones are used again."""
+SPARE = 64 * 2**20
+"""Bytes that the heap grows by, and that may be free at its end before it is cut off."""
 
 
 def give_back_large_blocks() -> None:
     """Keep glibc from raising the size from which blocks are mapped up to 32 MB, as it does when such blocks are freed:
     activations would then lie in one heap, which has gaps but no end to be cut off."""
     _glibc("mallopt", M_MMAP_THRESHOLD, LARGE)
+    # with that glibc stops choosing these two by itself, and would cut off and clear the heap's end again and again
+    _glibc("mallopt", M_TRIM_THRESHOLD, SPARE)
+    _glibc("mallopt", M_TOP_PAD, SPARE)
 
 
 def give_back_gaps(unet: Any) -> None:
