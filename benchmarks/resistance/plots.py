@@ -61,6 +61,7 @@ def plot(found: Sequence[Figures], lines: Iterable[Line], folder: Path) -> list[
             # names of neighbours above and below, or they would cover each other
             prices.annotate(row, point, xytext=(4, -12 if beside[row] % 2 else 4), textcoords="offset points")
         prices.axvline(GOAL_UNTOUCHED, color="grey", linewidth=0.8)
+        prices.margins(x=0.22, y=0.12)  # room for names
         prices.set(xlabel="untouched similarity", ylabel="least gain prevented, %")
         prices.set_title("price and resistance, by the attackers that every row has", fontsize=9)
         path = folder / f"resistance-{case}.svg"
@@ -94,7 +95,7 @@ def trade_off(groups: Mapping[str, Sequence[Figures]], named: Mapping[str, str],
         panel.axvline(limit, color="grey", linewidth=0.8, linestyle=":")
         panel.set(xlabel=name)
     for panel in panels:
-        panel.margins(x=0.25)  # room for names
+        panel.margins(x=0.33, y=0.08)  # room for names
     panels[0].invert_xaxis()  # the price rises to the right in both
     panels[0].set(ylabel="attackers' gain prevented, %, mean over the attacks")
     panels[1].legend()
