@@ -212,12 +212,12 @@ def test_hardening_what_imma_wrote_is_said(imma, tiny_checkpoint, tiny_config, p
             "--method", "imma", "--attack", "lora", "--device", "cpu", "--output", tmp_path / "hard.safetensors", *more,
         )  # fmt: skip
         assert code == 0, err
-        return str(err)
+        return " ".join(err.split())
 
-    assert "has been here before" not in run(tiny_checkpoint)
+    assert "imma wrote this" not in run(tiny_checkpoint)
     again = tmp_path / "again.safetensors"
     (tmp_path / "hard.safetensors").rename(again)
-    assert "imma has been here before (for blue style)" in " ".join(run(again, "--dry-run").split())
+    assert "imma wrote this checkpoint (for blue style)" in run(again, "--dry-run")
 
 
 def test_a_dry_run_says_what_would_happen(imma, tiny_checkpoint, tiny_config, pictures, tmp_path) -> None:

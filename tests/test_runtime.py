@@ -13,6 +13,7 @@ import torch
 
 from imma_cli.environment import SETTINGS
 from imma_cli.errors import ImmaError
+from imma_cli.families import allocator
 from imma_cli.families.model import Model
 from imma_cli.families.runtime import Runtime, choose_runtime
 
@@ -69,13 +70,18 @@ def test_xformers_agrees_with_sdpa_forward_and_backward(tiny_model: Model, preci
 
 def test_large_tensors_ask_for_huge_pages_where_nobody_said_otherwise() -> None:
     """In a process of its own: torch looks when it first makes a tensor."""
-    if not Path("/proc/self/smaps").exists():
-        pytest.skip("this system does not tell of its mappings")
-    looks = (
-        "from imma_cli.environment import prepare_environment; prepare_environment(); import torch;"
-        "made = torch.ones(64 * 2**20); lines = open('/proc/self/smaps').readlines();"
-        "print(sum(line.startswith('VmFlags') and ' hg' in line for line in lines))"
-    )
+    if not all(map(Path.exists, (Path("/proc/self/smaps"), Path("/sys/kernel/mm/transparent_hugepage")))):
+        pytest.skip("this system has no huge pages, or does not tell of its mappings")
+    looks = """
+import contextlib, sys
+from imma_cli.cli import main
+sys.argv = ["imma", "--version"]
+with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(SystemExit):
+    main()
+import torch
+made = torch.ones(64 * 2**20)
+print(sum(line.startswith("VmFlags") and " hg" in line for line in open("/proc/self/smaps")))
+"""
 
     def mappings(**said: str) -> int:
         env = {name: value for name, value in os.environ.items() if name not in SETTINGS} | said
@@ -84,3 +90,19 @@ def test_large_tensors_ask_for_huge_pages_where_nobody_said_otherwise() -> None:
 
     assert mappings() > 0
     assert mappings(THP_MEM_ALLOC_ENABLE="0") == 0
+
+
+def test_the_heap_gives_gaps_back_before_the_turn_and_only_on_the_way_to_a_gradient(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, given = tiny_model.unet, []
+    monkeypatch.setattr(allocator, "_glibc", lambda name, *numbers: given.append(name))
+    for _ in range(2):  # a second runtime must not have it done twice
+        allocator.give_back_gaps(unet)
+    side = unet.config.sample_size
+    inputs = torch.zeros(1, 4, side, side), torch.tensor([5]), torch.zeros(1, 4, unet.config.cross_attention_dim)
+    with torch.no_grad():
+        unet(*inputs)
+    assert given == []
+    unet(*inputs)
+    assert given == ["malloc_trim"] * 2

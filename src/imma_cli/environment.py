@@ -7,8 +7,8 @@ import os
 SETTINGS = {
     # threads that wait spin, and starve whoever else needs the processor
     "OMP_WAIT_POLICY": "passive",
-    # tensors from 2 MB on Linux's huge pages, where the system gives them to those who ask: new memory comes in
-    # pieces of 2 MB instead of 4 kB, which is the greater part of what bringing it in takes
+    # tensors from 2 MB on Linux's huge pages, where the system gives them to those who ask: they lie at multiples of
+    # 2 MB then, between which the heap has fewer gaps (benchmarks/speed/loops.py)
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 

@@ -215,7 +215,7 @@ def harden(
         if saving.low_memory and not low_memory:
             attacks = hardening.without_copies(attacks, quiet=quiet)
     runtime = replace(runtime, halved=saving.low_memory)
-    if not (quiet or dry_run):  # which says it with the rest
+    if not (quiet or dry_run):  # a dry run says it with the rest
         err.print(f"On {runtime}", markup=False)
     with waiting("Reading the checkpoint", quiet=quiet):
         model = runtime.apply(opened.load(halved=runtime.halved), recomputed=saving.recomputed)

@@ -31,8 +31,8 @@ def before(opened: Checkpoint) -> tuple[str, ...]:
         return ()
     concepts = ", ".join(concept["name"] for concept in made.get("concepts", []))
     return (
-        f"imma has been here before (for {concepts}). This run comes on top: what it writes says only what this run does, "
-        "and resistance is measured best against the original that the first run was given.",
+        f"imma wrote this checkpoint{f' (for {concepts})' if concepts else ''}. This run changes it further, and the record in its "
+        "output describes this run only. To measure resistance, compare with the original that the first run was given.",
     )
 
 

@@ -21,7 +21,8 @@ def give_back_large_blocks() -> None:
     """Keep glibc from raising the size from which blocks are mapped up to 32 MB, as it does when such blocks are freed:
     activations would then lie in one heap, which has gaps but no end to be cut off."""
     _glibc("mallopt", M_MMAP_THRESHOLD, LARGE)
-    # with that glibc stops choosing these two by itself, and would cut off and clear the heap's end again and again
+    # with that glibc stops raising the size of what may be free at the heap's end, too: 128 kB, so that the end would be cut
+    # off and cleared again and again
     _glibc("mallopt", M_TRIM_THRESHOLD, SPARE)
     _glibc("mallopt", M_TOP_PAD, SPARE)
 

@@ -27,7 +27,7 @@ Norm = nn.GroupNorm | nn.LayerNorm
 
 def usual(*, on_cpu: bool, small: bool, halved: bool) -> Recompute:
     """What is computed again where nobody says."""
-    # looking at every tensor from Python is little beside a large model's step on a processor; halved weights would otherwise be widened to stay
+    # looking at every tensor from Python is little beside a large model's step on a processor; the widened copies of halved weights would otherwise be kept
     return "activations" if halved or (on_cpu and not small) else "nothing"
 
 
