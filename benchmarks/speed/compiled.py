@@ -7,7 +7,6 @@ On one core, in processor seconds; both take turns in one process. Needs a C++ c
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -76,17 +75,5 @@ def show() -> None:
     page.put("compiled.py", "\n".join(rows))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("speed-work"))
-    parser.add_argument("--draw", action="store_true", help="the table again, from the raw lines")
-    args = parser.parse_args()
-    if not args.draw:
-        args.work.mkdir(parents=True, exist_ok=True)
-        line = measure(args.work)
-        RESULTS.write_text(json.dumps(line) + "\n")
-    show()
-
-
 if __name__ == "__main__":
-    main()
+    page.run(__doc__, lambda work: [measure(work)], RESULTS, show)

@@ -7,7 +7,6 @@ On one core, in processor seconds; all take turns in one process. Grouped: torch
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from functools import partial
@@ -80,17 +79,5 @@ def show() -> None:
     page.put("optimizers.py", "\n".join(rows))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("speed-work"))
-    parser.add_argument("--draw", action="store_true", help="the table again, from the raw lines")
-    args = parser.parse_args()
-    if not args.draw:
-        args.work.mkdir(parents=True, exist_ok=True)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text("".join(json.dumps(line) + "\n" for line in measure(args.work)))
-    show()
-
-
 if __name__ == "__main__":
-    main()
+    page.run(__doc__, measure, RESULTS, show)

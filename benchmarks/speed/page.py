@@ -5,10 +5,11 @@ Tables go to docs/performance.md, between the comment that names them and the ne
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,21 @@ def put(script: str, text: str) -> None:
     if not found:
         raise SystemExit(f"{PAGE} has no place for {script}")
     PAGE.write_text(f"{before}{mark}\n\n{text.strip()}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
+def run(
+    about: str | None,
+    measure: Callable[[Path], Iterable[Mapping[str, Any]]],
+    results: Path,
+    show: Callable[[], None],
+) -> None:
+    """The command line of a script that measures in one process: raw lines to *results*, and what *show* makes of them."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("speed-work"))
+    parser.add_argument("--draw", action="store_true", help="the table again, from the raw lines")
+    args = parser.parse_args()
+    if not args.draw:
+        args.work.mkdir(parents=True, exist_ok=True)
+        results.parent.mkdir(exist_ok=True)
+        results.write_text("".join(json.dumps(line) + "\n" for line in measure(args.work)))
+    show()
