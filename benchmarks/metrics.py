@@ -35,6 +35,12 @@ def separation(table: NDArray[np.float64], own: NDArray[np.bool_]) -> float:
     return float(below.mean() / 2 / len(across))
 
 
+def means(table: NDArray[np.float64], own: NDArray[np.bool_]) -> tuple[float, float]:
+    """Of pairs within *own*, and of pairs across."""
+    within = table[np.ix_(own, own)][~np.eye(own.sum(), dtype=bool)]
+    return float(within.mean()), float(table[np.ix_(own, ~own)].mean())
+
+
 def main() -> None:
     torch.set_num_threads(1)
     images: list[Image.Image] = []
@@ -55,6 +61,10 @@ def main() -> None:
     print(" " * 20 + "".join(f"{c:>22}" for c in concepts))
     for name, table in tables.items():
         print(f"{name:20}" + "".join(f"{separation(table, labels == c):22.1%}" for c in concepts))
+    print("mean similarity of two different pictures, both in it / one of them:")
+    for name in METRICS:
+        table = tables[name]
+        print(f"{name:20}" + "".join(f"{'{:.2f} / {:.2f}'.format(*means(table, labels == c)):>22}" for c in concepts))
 
 
 if __name__ == "__main__":

@@ -251,10 +251,21 @@ def test_the_best_state_is_what_is_kept(
     monkeypatch.setattr(QuickCheck, "_attack", attack)
     monkeypatch.setattr("imma_cli.immunizers.settings.STEPS", 1)  # a run this short is not checked otherwise
     result = harden(tiny_model, retention, "lora", steps=40, checks=10)
-    assert [check.prevented for check in result.checks] == pytest.approx([0, 0.8, 0, 0])
+    assert [check.prevented for check in result.checks] == pytest.approx([0, 0.8, 0])
     assert result.taken is result.checks[1]
-    assert len(result.steps) < 20  # two checks without a better state ended it
+    assert len(result.steps) < 20  # the check after it ended the run
     assert all(torch.equal(weight, seen[2][name]) for name, weight in result.weights.items())
+
+
+def test_as_it_comes_a_run_ends_early_where_attacks_get_no_less(
+    tiny_model: Model, retention: Retention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QuickCheck, "_attack", lambda self: (1.0, 0.5))
+    monkeypatch.setattr("imma_cli.immunizers.settings.STEPS", 1)  # a run this short is not checked otherwise
+    result = harden(tiny_model, retention, "lora", steps=24, checks=EpisodesSettings().checks)
+    assert result.taken is result.checks[0]
+    assert [check.cycle for check in result.checks] == [4, 8]
+    assert len(result.steps) == 8
 
 
 def test_a_setting_that_was_typed_is_not_drawn_even_where_it_is_the_default(tiny_model: Model) -> None:

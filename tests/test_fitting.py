@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from test_imma import some_concept
+from transformers import CLIPTokenizer
 
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
+from imma_cli.checkpoints.row_map import described_network
 from imma_cli.cli import fitting
 from imma_cli.errors import ImmaError
-from imma_cli.families import CONFIGS
+from imma_cli.families import CONFIGS, family_named
+from imma_cli.families.model import Model
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.estimate import estimate
-from imma_cli.immunizers.imma import ImmunizerSettings
+from imma_cli.immunizers.imma import ImmunizerSettings, immunize
 from imma_cli.immunizers.keeper import FileKeeper
 from imma_cli.immunizers.settings import EpisodesSettings
 
@@ -31,35 +35,34 @@ import json, resource, sys
 from pathlib import Path
 import psutil, torch
 torch.set_num_threads(1)
-from imma_cli.checkpoints.row_map import described_network
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.estimate import estimate
 from imma_cli.immunizers.imma import ImmunizerSettings
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
 from test_imma import some_concept
-from transformers import CLIPTokenizer
-from imma_cli.families import family_named
+from test_fitting import random_model
+from imma_cli.immunizers.episodes import immunize_in_episodes
 from imma_cli.immunizers.imma import immunize
+from imma_cli.immunizers.retention import retain
+from imma_cli.immunizers.settings import EpisodesSettings
 
-config, low, again = Path(sys.argv[1]), sys.argv[2] == "low", sys.argv[3]
-attacks, settings = parse_attacks(["lora"], discover()), ImmunizerSettings(steps=4)
+config, low, again, method = Path(sys.argv[1]), sys.argv[2] == "low", sys.argv[3], sys.argv[4]
+attacks = parse_attacks(["lora"], discover())
+if method == "episodes":
+    settings = EpisodesSettings(steps=6, checks=0)
+else:
+    settings = ImmunizerSettings(steps=4, batch_size=3 if method == "batch" else 1)
 expected = estimate(config, attacks, settings, halved=low, recomputed=again, on_cpu=True)
 before = psutil.Process().memory_info().rss
-networks = {}
-for part in ("unet", "vae", "text_encoder"):
-    networks[part] = described_network(part, config).to_empty(device="cpu")
-    with torch.no_grad():
-        for weight in networks[part].parameters():
-            weight.normal_(0, 0.02)
-        for buffer in networks[part].buffers():
-            buffer.copy_(torch.arange(buffer.numel()).reshape(buffer.shape))
-tokenizer = CLIPTokenizer.from_pretrained(config / "tokenizer")
-scheduler = json.loads((config / "scheduler" / "scheduler_config.json").read_text())
-model = family_named("sd1").assemble(**networks, tokenizer=tokenizer, scheduler=scheduler)
-del networks
+model = random_model(config)
 model = Runtime("cpu", "sdpa", "fp32", halved=low).apply(model, recomputed=again)
-immunize(model, attacks, [some_concept()], settings, Runtime("cpu", "sdpa", "fp32"), on_encoded=lambda: model.release(()))
+runtime, concepts = Runtime("cpu", "sdpa", "fp32"), [some_concept()]
+if method == "episodes":
+    retention = retain(model, ["a cat", "moon", "tree", "sun"], noisings=8, seed=0, runtime=runtime)
+    immunize_in_episodes(model, attacks, concepts, settings, runtime, retention, on_encoded=lambda: model.release(["text_encoder"]))
+else:
+    immunize(model, attacks, concepts, settings, runtime, on_encoded=lambda: model.release(()))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 if (status := Path("/proc/self/status")).exists():  # there, what the tests' own process held is not counted
     peak = 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
@@ -79,19 +82,90 @@ def wider(config: Path, factor: int, folder: Path) -> Path:
     return folder
 
 
+def random_model(config: Path) -> Model:
+    """What the folder *config* describes, with random weights."""
+    networks = {}
+    for part in ("unet", "vae", "text_encoder"):
+        networks[part] = described_network(part, config).to_empty(device="cpu")
+        with torch.no_grad():
+            for weight in networks[part].parameters():
+                weight.normal_(0, 0.02)
+            for buffer in networks[part].buffers():
+                buffer.copy_(torch.arange(buffer.numel()).reshape(buffer.shape))
+    tokenizer = CLIPTokenizer.from_pretrained(config / "tokenizer")
+    scheduler = json.loads((config / "scheduler" / "scheduler_config.json").read_text())
+    return family_named("sd1").assemble(**networks, tokenizer=tokenizer, scheduler=scheduler)
+
+
 @pytest.mark.parametrize(
-    ("factor", "saving", "again"),
-    [(1, "plain", "nothing"), (2, "plain", "nothing"), (4, "plain", "activations"), (4, "low", "activations")],
+    ("factor", "saving", "again", "method"),
+    [
+        (1, "plain", "nothing", "published"),
+        (2, "plain", "nothing", "published"),
+        (4, "plain", "activations", "published"),
+        (4, "low", "activations", "published"),
+        (2, "plain", "blocks", "batch"),
+        (2, "plain", "nothing", "episodes"),
+    ],
 )
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(
-    tmp_path: Path, factor: int, saving: str, again: str
+    tmp_path: Path, factor: int, saving: str, again: str, method: str
 ) -> None:
     config = wider(CONFIGS / "demo", factor, tmp_path / "config")
-    command = [sys.executable, "-c", MEASURE, str(config), saving, again]
+    command = [sys.executable, "-c", MEASURE, str(config), saving, again, method]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     assert done.returncode == 0, done.stderr
     expected, measured = json.loads(done.stdout.strip().split("\n")[-1])
     assert expected == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("saving", fitting.LADDER, ids=lambda saving: saving.options or "nothing saved")
+def test_the_estimate_is_within_15_percent_of_the_measured_peak_on_a_gpu(
+    tmp_path: Path, precision: str, saving: fitting.Saving
+) -> None:
+    """What torch's allocator gives out: the driver's own share is not in either number."""
+    config = wider(CONFIGS / "demo", 8, tmp_path / "config")
+    runtime = Runtime("cuda", "sdpa", precision, halved=saving.low_memory)
+    attacks, settings = parse_attacks(["lora"], discover()), replace(SETTINGS, steps=4)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = runtime.apply(random_model(config), recomputed=saving.recomputed)
+    immunize(model, attacks, [some_concept()], settings, runtime, on_encoded=lambda: model.release(()))
+    measured = torch.cuda.max_memory_allocated() - before
+    assert fitting.expected(config, attacks, settings, runtime, saving).peak == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a CUDA device")
+def test_what_a_gpu_would_need_is_estimated_where_there_is_none(
+    imma, tiny_checkpoint, tiny_config, pictures, tmp_path
+) -> None:
+    command = [
+        "harden", tiny_checkpoint, "--config", tiny_config, "--concept", "blue", "--images", pictures, "--attack", "lora",
+        "--output", tmp_path / "hard.safetensors", "--dry-run", "--device",
+    ]  # fmt: skip
+
+    def needed(*more: str) -> int:
+        code, out, err = imma(*command, "cuda:1", "--json", *more)
+        assert code == 0, err
+        plan = json.loads(out)
+        assert plan["runtime"]["device"] == "cuda:1"
+        return int(plan["estimated_peak_bytes"])
+
+    assert needed("--low-memory") < needed()
+    code, out, _ = imma(*command, "cuda")
+    assert code == 0
+    assert "estimated on this machine, which has no CUDA device" in " ".join(out.split())
+    code, _, err = imma(*command, "cuda", "--fit")
+    assert code == 2
+    assert "--fit has to know what is free" in err
+    code, _, err = imma(*command, "cuda of mine")
+    assert code == 2
+    assert "choose auto, cpu, cuda or cuda:N" in " ".join(err.split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_saving_memory_is_worth_it(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def checked(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return 1.0, got[-1]
 
     monkeypatch.setattr(QuickCheck, "_attack", attack)
+    monkeypatch.setattr("imma_cli.immunizers.checking.PATIENCE", 2)
     monkeypatch.setattr("imma_cli.immunizers.settings.STEPS", 1)  # a run this short is not checked otherwise
     return got
 

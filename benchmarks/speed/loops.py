@@ -246,7 +246,7 @@ def show() -> None:
     reached = machine["operations"] / median(line["seconds"] for line in found["imma"])
     rows += [
         "",
-        f"An immunizing step takes {machine['operations'] / 1e12:.2f} · 10¹² operations forward and backward: imma does "
+        f"An outer step takes {machine['operations'] / 1e12:.2f} · 10¹² operations forward and backward: imma does "
         f"{reached / 1e9:.0f} · 10⁹ a second. In the same run the machine does {machine['product_per_second'] / 1e9:.0f} · 10⁹ "
         f"in a product of matrices (2048 × 2048) and {machine['convolution_per_second'] / 1e9:.0f} · 10⁹ in a convolution "
         "(320 to 320 channels, 3 × 3, 64 × 64).",

@@ -14,14 +14,14 @@ from imma_cli.families.processes import ALONE, Processes
 
 
 class NotFiniteError(ImmaError):
-    """A loss became NaN or infinite."""
+    """A loss or its gradient became NaN or infinite."""
 
 
-def require_finite(loss: Tensor) -> None:
-    """Raises NotFiniteError where *loss* is NaN or infinite."""
-    if not torch.isfinite(loss.detach()):
+def require_finite(value: Tensor, what: str = "loss") -> None:
+    """Raises NotFiniteError where *value* is NaN or infinite; *what* it is."""
+    if not torch.isfinite(value.detach()):
         raise NotFiniteError(
-            f"The loss became {float(loss.detach())}.",
+            f"The {what} became {float(value.detach())}.",
             hint="Nothing was written. Lower the learning rates (--outer-learning-rate, --attack NAME:learning_rate=...).",
         )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imma_cli.attacks.attack import AttackSettings
-from imma_cli.attacks.gradients import PLAIN, Scaling, Stepping, mean_gradient, scaling_for
+from imma_cli.attacks.gradients import PLAIN, Scaling, Stepping, length, mean_gradient, require_finite, scaling_for
 from imma_cli.errors import ImmaError
 from imma_cli.families.processes import ALONE, Processes
 
@@ -70,7 +70,7 @@ def gradient_step(
     """One optimizer step on *parameters* alone, by the mean of *losses*; gives that mean before the step.
 
     Raises:
-        NotFiniteError: a loss is NaN or infinite; nothing was changed.
+        NotFiniteError: a loss or the gradient is NaN or infinite; nothing was changed.
         ImmaError: the losses depend on none of the parameters.
     """
     with trainable(parameters):
@@ -84,8 +84,9 @@ def gradient_step(
             return float(mean)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else laid_out_as(parameter, gradient)
-        if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm) if max_grad_norm is not None else length(gradients)
+        # a loss may be finite where its gradient is not
+        require_finite(norm, "gradient")
         optimizer.step()
     return float(mean)
 

@@ -83,11 +83,18 @@ def expected(
     concepts: int = 1,
 ) -> Estimate:
     """What hardening against so many *concepts* is going to need, of the device's memory."""
+    from imma_cli.families.runtime import MIXED
     from imma_cli.immunizers.estimate import estimate
 
-    on_cpu, again = runtime.device == "cpu", saving.recomputed
     return estimate(
-        config, attacks, settings, halved=saving.low_memory, recomputed=again, on_cpu=on_cpu, concepts=concepts
+        config,
+        attacks,
+        settings,
+        halved=saving.low_memory,
+        recomputed=saving.recomputed,
+        on_cpu=runtime.device == "cpu",
+        mixed=runtime.precision in MIXED,
+        concepts=concepts,
     )
 
 

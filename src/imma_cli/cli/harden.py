@@ -76,7 +76,7 @@ def harden(
         ),
     ] = None,
     outer_learning_rate: Annotated[
-        float | None, typer.Option(help="Rate of the immunizing steps. Default: by size, or the attack's preset's.")
+        float | None, typer.Option(help="Rate of the outer steps. Default: by size, or the attack's preset's.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in a batch.")] = 1,
     accumulate: Annotated[
@@ -168,17 +168,22 @@ def harden(
         refusals.check(opened.check_output, target, force=force or dry_run)
     if profile is not None:
         refusals.check(profiling.check, profile)
+        if dry_run:
+            refusals.add("A --dry-run writes nothing, and so no --profile: leave one of the two out.")
     saved = refusals.check(resuming.existing, target) if resume else None
 
     from dataclasses import replace
 
     from imma_cli.families.model import SMALL_MODEL
-    from imma_cli.families.runtime import choose_runtime
+    from imma_cli.families.runtime import choose_runtime, elsewhere
 
     if low_memory:
         hardening.check_low_memory(refusals, attacks if attack else (), protect)
-    runtime = refusals.check(choose_runtime, device, attention, precision)
-    if eight_bit and runtime:
+    absent = elsewhere(device, attention, precision) if dry_run and method != "none" else None
+    runtime = absent or refusals.check(choose_runtime, device, attention, precision)
+    if absent and fit:
+        refusals.add("--fit has to know what is free: run it where the GPU is.")
+    if eight_bit and runtime and not absent:
         refusals.check(hardening.check_eight_bit, runtime.device)
     refusals.raise_all()
     assert opened is not None
@@ -210,13 +215,19 @@ def harden(
             named=bool(attack),
             concepts=len(concept),
             begun=saved.command if saved else None,
-            quiet=quiet,
+            quiet=quiet or absent is not None,
         )
         if saving.low_memory and not low_memory:
             attacks = hardening.without_copies(attacks, quiet=quiet)
     runtime = replace(runtime, halved=saving.low_memory)
     if not (quiet or dry_run):  # a dry run says it with the rest
         err.print(f"On {runtime}", markup=False)
+    if absent:
+        from imma_cli.cli.planning import say_elsewhere
+
+        assert expected is not None
+        say_elsewhere(runtime, saving, attacks, concept, target, expected, json=json)
+        return
     with waiting("Reading the checkpoint", quiet=quiet):
         model = runtime.apply(opened.load(halved=runtime.halved), recomputed=saving.recomputed)
     if preset == "quick" and settings:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from imma_cli.immunizers.erasing import Settings as ErasingSettings
     from imma_cli.immunizers.imma import Immunized
 
+WHEN, BAR = 10, 24
+"""Widths of the course of short attacks."""
+
 
 def before(opened: Checkpoint) -> tuple[str, ...]:
     """What its user should know of a checkpoint that imma wrote: the new record takes the place of the old one."""
@@ -154,13 +157,20 @@ def say_checks(result: Immunized) -> None:
     """The course of the short attacks, which of these states was taken, and whether it is within the limit."""
     from imma_cli.immunizers.checking import STEPS
 
+    if not result.checks:
+        return
+    out.print(f"  loss after {STEPS} steps of attack, along the way:")
+    most = max(result.checks[0].undefended, *(check.loss for check in result.checks))
+
+    def say(when: str, loss: float, besides: str = "") -> None:
+        bar = "█" * max(1, round(BAR * loss / most))
+        out.print(f"    {when:<{WHEN}} {loss:.4f} {bar:<{BAR}} {besides}".rstrip())
+
+    say("original", result.checks[0].undefended)
     for check in result.checks:
-        got = "" if check.prevented is None else f", {max(0.0, 1 - check.prevented):.0%} of their gain on the original"
-        taken = " [green](taken)[/]" if check == result.taken else ""
-        out.print(
-            f"  after {check.cycle} cycles: {STEPS} steps of attack come to a loss of {check.loss:.4f}{got}; "
-            f"predictions for other prompts moved by {check.drift:.4f}{taken}"
-        )
+        marks = [] if check.within else ["[yellow]too far[/]"]
+        marks += ["[green]taken[/]"] if check == result.taken else []
+        say(f"cycle {check.cycle}", check.loss, f"other prompts moved by {', '.join([f'{check.drift:.4f}', *marks])}")
     if result.taken and not result.taken.within:
         out.print(
             "  [yellow]moved further than --strength allows:[/] look at what it draws for other prompts; a lower "

@@ -224,6 +224,7 @@ def carry_out(
             task.runtime,
             retention,
             show,
+            lambda check: advance(check.cycle, short_attack=check.loss),
             keeper=keeper,
             on_encoded=release,
             processes=processes,

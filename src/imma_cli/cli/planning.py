@@ -26,8 +26,12 @@ from imma_cli.immunizers.settings import EpisodesSettings, defaults_for
 from imma_cli.immunizers.uce import UceSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
+    from imma_cli.attacks.attack import Attack
+    from imma_cli.cli.fitting import Saving
     from imma_cli.cli.hardening import Task
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
@@ -102,6 +106,37 @@ def say_plan(
     out.print(f"  on {runtime}", markup=False)
     out.print(
         f"  about {seconds:.0f} s (timed over a few real steps); peak memory {peak_memory(runtime) / 1e9:.2f} GB, measured"
+    )
+
+
+def say_elsewhere(
+    runtime: Runtime,
+    saving: Saving,
+    attacks: Sequence[Attack],
+    names: Sequence[str],
+    target: Path,
+    expected: Estimate,
+    *,
+    json: bool,
+) -> None:
+    """What a run on a GPU that this machine lacks would need. How long it takes, nothing here can tell."""
+    if json:
+        print_json(
+            {
+                "would_write": str(target),
+                "attacks": [spec(attack) for attack in attacks],
+                "concepts": list(names),
+                "runtime": asdict(runtime),
+                "estimated_peak_bytes": expected.peak,
+            }
+        )
+        return
+    out.print(f"Would write {target}", markup=False)
+    out.print(f"  against {', '.join(spec(attack) for attack in attacks)}", markup=False)
+    out.print(f"  on {runtime}{f', {saving.options}' if saving.options else ''}", markup=False)
+    out.print(
+        f"  peak memory about {expected.peak / 1e9:.1f} GB, estimated on this machine, which has no CUDA device: "
+        "not counting what CUDA takes for itself, some hundred MB. How long it takes, only the GPU can tell."
     )
 
 

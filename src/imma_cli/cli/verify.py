@@ -55,9 +55,14 @@ def verify(
     trials: Annotated[
         int | None, typer.Option(min=0, help="Settings of each attack to search on the hardened model; 0: none.")
     ] = None,
-    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts to draw of each concept. Default: 2.")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts to draw of each concept. Default: 2; thorough: 4.")
+    ] = None,
     images_per_prompt: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Pictures of each prompt at every point. Default: 16; quick: 8.")
+        int | None,
+        typer.Option(
+            min=1, max=1000, help="Pictures of each prompt at every point. Default: 16; quick: 8; thorough: 25."
+        ),
     ] = None,
     metric: Annotated[
         list[str] | None,

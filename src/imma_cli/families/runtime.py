@@ -108,7 +108,9 @@ def choose_runtime(
     if kind not in ("cpu", "cuda"):
         reasons.append(f"--device {device}: choose auto, cpu, cuda or cuda:N")
     elif kind == "cuda" and not cuda:
-        reasons.append(f"--device {device}: this PyTorch sees no CUDA device")
+        reasons.append(
+            f"--device {device}: this PyTorch sees no CUDA device (imma harden --dry-run tells what one would need)"
+        )
     elif kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         reasons.append(f"--device {device}: there are only {torch.cuda.device_count()} CUDA devices")
     faults = [] if attention == "sdpa" else xformers_faults(device if kind else "cpu")
@@ -127,6 +129,22 @@ def choose_runtime(
         native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if native else "fp16" if kind == "cuda" else "fp32"
     return Runtime(device, attention, precision, because, halved)
+
+
+def elsewhere(device: str, attention: Attention = "auto", precision: Precision = "auto") -> Runtime | None:
+    """What would be chosen on the CUDA device that is asked for, where this machine has none: to plan for it. Else None."""
+    try:
+        if torch.device(device).type != "cuda" or torch.cuda.is_available():
+            return None
+    except RuntimeError:  # no device's name
+        return None
+    # either kernel of attention takes the same memory, as neither holds the scores of all pairs
+    return Runtime(
+        device,
+        "sdpa" if attention == "auto" else attention,
+        "bf16" if precision == "auto" else precision,
+        "as asked" if attention != "auto" else "xformers is probed where it is to run",
+    )
 
 
 def xformers_faults(device: str) -> list[str]:

@@ -113,7 +113,7 @@ class Defender:
         else:
             for gradients in (harmful, kept):
                 # a loss may be finite where its gradient is not; the weights stay as they were
-                require_finite(length(gradients))
+                require_finite(length(gradients), "gradient")
         self._descend(_clipped(harmful), kept, [each for each in (episode, *beside) if each.apart])
         self._price(drift)
         return loss, drift

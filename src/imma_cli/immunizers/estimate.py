@@ -65,10 +65,11 @@ def estimate(
     halved: bool,
     recomputed: Recompute | None,
     on_cpu: bool,
+    mixed: bool = False,
     concepts: int = 1,
 ) -> Estimate:
     """The estimate for the model that the folder *config* describes, with that many *concepts*. *recomputed* as
-    `Runtime.apply` takes it."""
+    `Runtime.apply` takes it; *mixed*: losses in 16 bits, as a GPU's autocast computes them."""
     networks = {part: described_network(part, config) for part in ("unet", "vae", "text_encoder")}
     sizes = {part: _bytes(network.parameters()) for part, network in networks.items()}
     unet, everything = networks["unet"], sizes["unet"]
@@ -89,7 +90,7 @@ def estimate(
     # each that is there at the same time has weights of its own, what they were like, and the moments
     # episodes draw optimizers, too, and only AdamW has moments in 8 bits
     lasting += int(in_place * (2 + (MOMENTS if episodes else moments)) * everything)
-    shadow = _shadow_of(config, settings.protect, halved, recomputed)
+    shadow = _shadow_of(config, settings.protect, halved, recomputed, mixed)
     passing = shadow.passing(settings.batch_size, everything=in_place > 0)
     if episodes:
         lasting += protected if episodes.objective != "absolute" else 0
@@ -123,21 +124,26 @@ def _shadow(network: Any) -> Any:
 
 
 @cache
-def _shadow_of(config: Path, protect: Protect, halved: bool, recomputed: Recompute) -> Shadow:
-    return Shadow(described_network("unet", config), protect, halved=halved, recomputed=recomputed)
+def _shadow_of(config: Path, protect: Protect, halved: bool, recomputed: Recompute, mixed: bool) -> Shadow:
+    return Shadow(described_network("unet", config), protect, halved=halved, recomputed=recomputed, mixed=mixed)
 
 
 class Shadow:
     """A UNet of fake tensors, and what passes through it take."""
 
-    def __init__(self, unet: Any, protect: Protect, *, halved: bool, recomputed: Recompute) -> None:
-        self.fake, self.protect = FakeTensorMode(), protect
+    def __init__(self, unet: Any, protect: Protect, *, halved: bool, recomputed: Recompute, mixed: bool) -> None:
+        self.fake, self.protect, self.mixed = FakeTensorMode(), protect, mixed
         self.measured: dict[tuple[int, bool], int] = {}
         with self.fake:
             self.unet = _shadow(unet)
             if halved:
                 halve(self.unet)
             recompute(self.unet, recomputed)
+        if mixed:
+            # autocast leaves norms in 32 bits on GPUs, and on processors, where this runs, in 16
+            for module in self.unet.modules():
+                if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                    module.register_forward_pre_hook(lambda norm, given: (given[0].float(),))
 
     def passing(self, batch: int, *, everything: bool = False) -> int:
         """Bytes that a pass forward and backward over *batch* pictures has at most at once.
@@ -164,7 +170,8 @@ class Shadow:
             parameter.requires_grad_(True)
         try:
             with Living(unet.parameters()) as living:
-                predicted = unet(latents, timesteps, encoder_hidden_states=words, return_dict=False)[0]
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
+                    predicted = unet(latents, timesteps, encoder_hidden_states=words, return_dict=False)[0].float()
                 gradients = torch.autograd.grad(predicted.square().mean(), wanted, allow_unused=True)
                 del gradients
         finally:
