@@ -316,21 +316,32 @@ def test_ctrl_c_before_the_first_cycle_keeps_the_finished_work(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_whenever_it_is_killed_it_ends_with_the_same_bytes(imma, command, pictures: Path, tmp_path: Path) -> None:
-    command += ["--method", "imma", "--images", pictures, "--steps", 12]
+@pytest.mark.parametrize(
+    ("how", "after", "within"),
+    [
+        (["--method", "imma", "--steps", 12, "--images"], "Hardening, 6 steps ...", 1.5),
+        (["--steps", 15, "--draw", 2], "Drawing blue style, 2 steps ...", 6.0),
+    ],
+    ids=["hardening", "drawing and hardening in episodes"],
+)
+def test_whenever_it_is_killed_it_ends_with_the_same_bytes(
+    imma, command, pictures: Path, tmp_path: Path, how: list[object], after: str, within: float, monkeypatch
+) -> None:
+    monkeypatch.undo()  # drawing takes its time here as it does in the process that is killed
+    command += [*how, pictures] if how[-1] == "--images" else how
     whole, cut = tmp_path / "whole" / "hard.safetensors", tmp_path / "cut" / "hard.safetensors"
     whole.parent.mkdir()
     cut.parent.mkdir()
     code, _, err = imma(*command, "--output", whole)
     assert code == 0, err
     command += ["--output", cut, "--save-every", 1e-9, "--resume"]
-    delay = random.uniform(0, 1.5)
-    sys.stderr.write(f"killed after {delay} s of hardening\n")
+    delay = random.uniform(0, within)
+    sys.stderr.write(f"killed {delay} s after {after}\n")
     process = subprocess.Popen(
         [sys.executable, "-m", "imma_cli", *map(str, command)], stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
-    said = list(iter(lambda: next(process.stderr), "Hardening, 6 steps ...\n"))
+    said = list(iter(lambda: next(process.stderr), f"{after}\n"))
     assert "starting from the beginning" in said[-1]
     time.sleep(delay)
     process.kill()

@@ -86,8 +86,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """The entry point ``imma``."""
     prepare_environment()
-    # xformers warns at import where there is no GPU it was built for; what that means is said by --attention
-    logging.getLogger("xformers").setLevel(logging.ERROR)
+    # xformers warns at import where there is no GPU it was built for; what that means is said by --attention. And
+    # bitsandbytes, on processors, of a kernel that nothing here asks for
+    for name in ("xformers", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
