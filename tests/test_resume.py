@@ -319,8 +319,8 @@ def test_ctrl_c_before_the_first_cycle_keeps_the_finished_work(
 @pytest.mark.parametrize(
     ("how", "after", "within"),
     [
-        (["--method", "imma", "--steps", 12, "--images"], "Hardening, 6 steps ...", 1.5),
-        (["--steps", 15, "--draw", 2], "Drawing blue style, 2 steps ...", 6.0),
+        (["--method", "imma", "--steps", 12, "--images"], "Hardening, 6 cycles ...", 1.5),
+        (["--steps", 15, "--draw", 2], "Drawing blue style, 2 pictures ...", 6.0),
     ],
     ids=["hardening", "drawing and hardening in episodes"],
 )

@@ -500,6 +500,8 @@ def test_a_report_says_everything_and_can_be_continued(imma: Any, arguments: lis
     assert len(trials) == 2 * 2 * 3
     by_pair = {(line["model"], line["seed"], line["step"]): line for line in trials}
     assert all(line["versions"]["torch"] == torch.__version__ for line in trials)
+    assert {line["runtime"] for line in trials} == {"cpu, fp32, sdpa attention"}
+    assert "cpu, fp32, sdpa attention" in (report / "report.html").read_text()
     assert by_pair["hardened", 0, 0]["loss"] != by_pair["original", 0, 0]["loss"]
     # the yardstick is the same for all seeds: before any step there is no luck
     assert by_pair["original", 0, 0]["loss"] == by_pair["original", 1, 0]["loss"]

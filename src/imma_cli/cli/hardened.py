@@ -221,6 +221,8 @@ def say_done(
         "--images",
         "FOLDER",
         *(part for each in [spec(a) for a in attacks] or ["NAME"] for part in ("--attack", each)),
+        "--report",
+        "report",
     ]
     if attacks:
         out.print(

@@ -158,7 +158,7 @@ def draw_all(
     concepts = []
     began = monotonic()
     for name in task.names:
-        with course(f"Drawing {name}", count, quiet=quiet) as advance:
+        with course(f"Drawing {name}", count, of="pictures", quiet=quiet) as advance:
             concepts.append(
                 draw_concept(
                     task.model,
@@ -206,7 +206,7 @@ def carry_out(
     needed = {part for attack in attacks for part in attack.computes_with}
     cycles = cycles_of(model, attacks, len(concepts), settings)
     if not isinstance(settings, EpisodesSettings):
-        with course("Hardening", cycles, quiet=quiet) as advance:
+        with course("Hardening", cycles, of="cycles", quiet=quiet) as advance:
             return immunize(model, attacks, concepts, settings, task.runtime, show, keeper, release, processes)
     retention = keeper.once(
         "retention",
@@ -215,7 +215,7 @@ def carry_out(
         lambda saved: retained(saved, model.device),
     )
     needed.add("text_encoder")  # every attacker writes captions of its own
-    with course("Hardening", cycles, quiet=quiet) as advance:
+    with course("Hardening", cycles, of="cycles", quiet=quiet) as advance:
         return immunize_in_episodes(
             model,
             attacks,
@@ -239,7 +239,7 @@ def retention_for(task: Task, processes: Processes | None = None, *, quiet: bool
 
     assert isinstance(task.settings, EpisodesSettings)
     prompts = kept_prompts(task.model, task.concepts, task.settings, task.keep)
-    with course("Drawing what must stay", len(prompts), quiet=quiet) as advance:
+    with course("Drawing what must stay", len(prompts), of="pictures", quiet=quiet) as advance:
         return retain(
             task.model,
             prompts,

@@ -105,13 +105,13 @@ class Foretold:
 
 
 @contextmanager
-def course(title: str, total: int, *, quiet: bool) -> Iterator[Callable[..., None]]:
-    """Gives a function to report progress with; nothing where *quiet*, and where nobody watches a line about the time it takes, now and then."""
+def course(title: str, total: int, *, of: str = "steps", quiet: bool) -> Iterator[Callable[..., None]]:
+    """Gives a function to report progress with, *of* what there are *total*; nothing where *quiet*, and where nobody watches a line about the time it takes, now and then."""
     if quiet:
         yield lambda done, doing=None, **values: None
         return
     if not err.is_terminal:
-        err.print(f"{title}, {total} steps ...", markup=False)
+        err.print(f"{title}, {total} {of} ...", markup=False)
         yield Foretold(total).advance
         return
     shown = Course(title, total)

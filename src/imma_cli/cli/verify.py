@@ -161,7 +161,7 @@ def verify(
     with waiting("Reading the checkpoints", quiet=quiet):
         setup = Setup(inputs, runtime, effort, batch_size, gradient_checkpointing=gradient_checkpointing)
     if images is None:
-        with course(f"Drawing {concept}", 2 * draw, quiet=quiet) as advance:
+        with course(f"Drawing {concept}", 2 * draw, of="pictures", quiet=quiet) as advance:
             setup.draw_pictures(draw, advance)
     study = setup.study(budget)
     for warning in () if quiet else study.warnings:

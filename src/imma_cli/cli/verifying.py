@@ -208,7 +208,7 @@ def run(campaign: Campaign, kept: Kept, *, resumable: bool, quiet: bool) -> Reco
         advance(done, doing=title, loss=loss)
 
     kept.write(lines())
-    with course("Verifying", campaign.total, quiet=quiet) as advance:
+    with course("Verifying", campaign.total, of="trials", quiet=quiet) as advance:
         try:
             campaign.work(watch, lambda: kept.write(lines()))
         except BaseException:

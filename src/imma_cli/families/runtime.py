@@ -39,8 +39,13 @@ class Runtime:
 
     def __str__(self) -> str:
         because = f" ({self.attention_because})" if self.attention_because else ""
+        return f"{self.named}{because}"
+
+    @property
+    def named(self) -> str:
+        """What was chosen, without why."""
         halved = " (what is frozen in 16 bits)" if self.halved else ""
-        return f"{self.device}, {self.precision}{halved}, {self.attention} attention{because}"
+        return f"{self.device}, {self.precision}{halved}, {self.attention} attention"
 
     def autocast(self) -> AbstractContextManager[object]:
         """The mixed precision that losses are computed in; weights and optimizer states stay float32."""

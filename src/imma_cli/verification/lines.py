@@ -114,6 +114,8 @@ class Measurement(_Line):
     attacker's own pictures, and to the nearest of those it never saw. Far apart, the attack has learned by heart."""
     versions: dict[str, str] = field(default_factory=dict)
     """Package → version, where the trial ran."""
+    runtime: str = ""
+    """The device, precision and attention kernel it was computed with."""
     status: Literal["ok", "failed"] = "ok"
     reason: str = ""
     """Why it failed: the loss became NaN, the attack raised."""

@@ -142,6 +142,7 @@ def attack(bench: Bench, job: Job, attempt: int = 1, on_progress: OnProgress = l
             step=step,
             budget=job.steps,
             versions=dict(bench.versions),
+            runtime=bench.runtime.named,
             **measured,
         )
 

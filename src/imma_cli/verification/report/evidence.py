@@ -193,6 +193,11 @@ def versions(records: Records) -> dict[str, str]:
     return {package: " and ".join(sorted(seen)) for package, seen in sorted(found.items())}
 
 
+def runtimes(records: Records) -> list[str]:
+    """On what trials were computed: device, precision, attention kernel."""
+    return sorted({line.runtime for line in records.measurements if line.runtime})
+
+
 def settings(records: Records) -> dict[str, dict[str, Any]]:
     """Spec → all settings, for every attack outside the search."""
     lines = (line for line in records.measurements if line.purpose != "search")

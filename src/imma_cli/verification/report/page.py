@@ -76,6 +76,7 @@ def page(summary: Summary, records: Records, installed: Collection[str] = ()) ->
         search=evidence.search(records),
         not_tested=gaps.not_tested(summary, installed),
         versions=evidence.versions(records),
+        runtimes=evidence.runtimes(records),
         settings=evidence.settings(records),
     )
 
