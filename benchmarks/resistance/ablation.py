@@ -87,7 +87,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "as published, several, outer rate of 0.00001": {"published": SIMULATED, "outer_learning_rate": 1e-5},
 }
 """What is changed; `checks` are off unless they are what is changed, since they choose among states."""
-NAMES = {row: row for row in VARIANTS} | {
+AMONG_THE_DEFAULTS = (
+    "attackers as given, not drawn",
+    "one attack simulated: lora",
+    "one step of the attacker to each outer step",
+    "no margin",
+)
+"""Too near to have names of their own."""
+NAMES = {row: row for row in VARIANTS if row not in AMONG_THE_DEFAULTS} | {
     "as it is": "default",
     "attackers side by side, as given, who never begin anew": "side by side",
     "as published, lora": "published, lora",

@@ -95,7 +95,7 @@ def trade_off(groups: Mapping[str, Sequence[Figures]], named: Mapping[str, str],
         panel.axvline(limit, color="grey", linewidth=0.8, linestyle=":")
         panel.set(xlabel=name)
     for panel in panels:
-        panel.margins(x=0.33, y=0.08)  # room for names
+        panel.margins(x=0.4, y=0.08)  # room for names
     panels[0].invert_xaxis()  # the price rises to the right in both
     panels[0].set(ylabel="attackers' gain prevented, %, mean over the attacks")
     panels[1].legend()
