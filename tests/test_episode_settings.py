@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import random
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from test_episodes import harden, retention
 from test_imma import CPU
 from torch import Tensor
 
 from imma_cli.attacks.gradients import NotFiniteError
 from imma_cli.attacks.training import adamw, gradient_step
+from imma_cli.cli import hardened
 from imma_cli.families.model import Model
+from imma_cli.immunizers.checking import Check
 from imma_cli.immunizers.defender import Defender
+from imma_cli.immunizers.imma import Immunized
 from imma_cli.immunizers.looks import with_other_look
 from imma_cli.immunizers.retention import GUIDANCE, Retention, retain
 from imma_cli.immunizers.settings import DRIFT, EpisodesSettings
@@ -89,6 +94,21 @@ def test_half_of_the_predictions_are_held_without_guidance_and_the_others_as_peo
     assert float(scales.min()) >= low
     assert float(scales.max()) <= high
     assert float(scales[~plain].std()) > 1
+
+
+@pytest.mark.parametrize(("encoding", "block"), [("utf-8", "█"), ("ascii", "#")])
+def test_the_course_of_short_attacks_stands_beside_the_original_in_80_columns(
+    encoding: str, block: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = Check(41, 0.4, 0.2, 1.0, 0.0036, within=True), Check(82, 0.3, 0.2, 0.5, 0.0081, within=False)
+    written = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(hardened, "out", Console(file=written, width=80, highlight=False))
+    hardened.say_checks(Immunized({}, checks=[near, far], taken=near))
+    written.seek(0)
+    _, original, first, second = written.read().splitlines()
+    assert original.split() == ["original", "0.2000", 6 * block]
+    assert first.split() == ["cycle", "41", "0.4000", 12 * block, "0.0036,", "taken"]
+    assert second.split() == ["cycle", "82", "0.3000", 9 * block, "0.0081,", "too", "far"]
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, None])

@@ -159,6 +159,17 @@ def test_what_a_gpu_would_need_is_estimated_where_there_is_none(
     code, out, _ = imma(*command, "cuda")
     assert code == 0
     assert "estimated on this machine, which has no CUDA device" in " ".join(out.split())
+    (tmp_path / "hard.safetensors").touch()
+    code, out, _ = imma(*command, "cuda", "--erase", "uce")
+    assert "erase first, by uce: what that needs is not estimated" in " ".join(out.split())
+    assert "it exists: give --force" in " ".join(out.split())
+    (tmp_path / "hard.safetensors").unlink()
+    code, _, err = imma(*command, "cuda", "--steps", 2)
+    assert code == 2
+    assert "cannot all be simulated in 2 steps" in " ".join(err.split())
+    code, _, err = imma(*command, "cuda", "--profile", tmp_path / "trace.json")
+    assert code == 2
+    assert "writes nothing, and so no --profile" in " ".join(err.split())
     code, _, err = imma(*command, "cuda", "--fit")
     assert code == 2
     assert "--fit has to know what is free" in err

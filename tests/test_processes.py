@@ -128,24 +128,32 @@ def test_what_fails_in_one_process_ends_all(
     assert not output.exists()
 
 
+def saved_steps(output: Path) -> int:
+    """How many cycles the state beside *output* holds."""
+    path = resuming.state_path(output)
+    run = SavedState.open(path).tree.get("run") if path.exists() else None
+    return len(run["result"]["steps"]) if run else 0
+
+
 def test_ctrl_c_ends_all_after_the_same_cycle_and_the_state_goes_on(command: list[str], tmp_path: Path) -> None:
     port = free_port()
-    how, output = [*command, "--method", "imma", "--steps", "120"], tmp_path / "later.safetensors"
+    how, output = (
+        [*command, "--method", "imma", "--steps", "120", "--save-every", "1e-9"],
+        tmp_path / "later.safetensors",
+    )
     how.remove("--json")
     alone = harden([*how, "--accumulate", "2"], tmp_path / "alone.safetensors")
     complaint = alone.communicate(timeout=600)[1]
     assert alone.returncode == 0, complaint
     together = [harden(how, output, rank, 2, port) for rank in range(2)]
-    for line in together[0].stderr:
-        if line.startswith("Hardening"):
-            break
-    time.sleep(1)
+    while not saved_steps(output):
+        assert together[0].poll() is None
+        time.sleep(0.1)
     for process in together:  # as a terminal does
         process.send_signal(signal.SIGINT)
     complaints = [process.communicate(timeout=120)[1] for process in together]
     assert [process.returncode for process in together] == [130, 130], complaints
-    state = SavedState.open(resuming.state_path(output))
-    assert 0 < len(state.tree["run"]["result"]["steps"]) < 60
+    assert 0 < saved_steps(output) < 60
     port = free_port()
     again = [harden([*how, "--resume"], output, rank, 2, port) for rank in range(2)]
     complaints = [process.communicate(timeout=600)[1] for process in again]

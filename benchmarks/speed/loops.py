@@ -3,7 +3,7 @@
     python benchmarks/speed/loops.py        # raw lines to benchmarks/speed/results/loops.jsonl, tables to docs/performance.md
 
 Every measurement has a process of its own; those that are compared take turns, several times in one run. A step is the
-mean of an attacker's (LoRA) and an immunizing one (all attention weights), 512 × 512 pixels, batch 1, fp32. Peak memory is
+mean of an inner one (the attacker's, LoRA) and an outer one (all attention weights), 512 × 512 pixels, batch 1, fp32. Peak memory is
 the whole process's, from its start to its end. Needs 5 GB of disk under --work, and 16 GB of memory.
 """
 

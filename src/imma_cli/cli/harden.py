@@ -128,7 +128,11 @@ def harden(
         typer.Option("--resume", help="Go on from the state that the same command saved; if there is none, start."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Write nothing: say what would change, where, and what it would take.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Write nothing: say what would change, where, and what it would take; with --device cuda also where there is none.",
+        ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
@@ -226,7 +230,9 @@ def harden(
         from imma_cli.cli.planning import say_elsewhere
 
         assert expected is not None
-        say_elsewhere(runtime, saving, attacks, concept, target, expected, json=json)
+        assert settings is not None
+        hardening.require_enough(settings, len(attacks) * len(concept), small=not large)
+        say_elsewhere(runtime, saving, settings, attacks, concept, erase, target, expected, json=json)
         return
     with waiting("Reading the checkpoint", quiet=quiet):
         model = runtime.apply(opened.load(halved=runtime.halved), recomputed=saving.recomputed)

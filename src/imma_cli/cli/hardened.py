@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from imma_cli.immunizers.erasing import Settings as ErasingSettings
     from imma_cli.immunizers.imma import Immunized
 
-WHEN, BAR = 10, 24
+WHEN, BAR = 10, 12
 """Widths of the course of short attacks."""
 
 
@@ -159,18 +159,19 @@ def say_checks(result: Immunized) -> None:
 
     if not result.checks:
         return
-    out.print(f"  loss after {STEPS} steps of attack, along the way:")
+    out.print(f"  loss after {STEPS} steps of attack, and how far other prompts had moved:")
+    block = "█" if out.encoding.lower().startswith("utf") else "#"
     most = max(result.checks[0].undefended, *(check.loss for check in result.checks))
 
     def say(when: str, loss: float, besides: str = "") -> None:
-        bar = "█" * max(1, round(BAR * loss / most))
+        bar = block * max(1, round(BAR * loss / most))
         out.print(f"    {when:<{WHEN}} {loss:.4f} {bar:<{BAR}} {besides}".rstrip())
 
     say("original", result.checks[0].undefended)
     for check in result.checks:
         marks = [] if check.within else ["[yellow]too far[/]"]
         marks += ["[green]taken[/]"] if check == result.taken else []
-        say(f"cycle {check.cycle}", check.loss, f"other prompts moved by {', '.join([f'{check.drift:.4f}', *marks])}")
+        say(f"cycle {check.cycle}", check.loss, ", ".join([f"{check.drift:.4f}", *marks]))
     if result.taken and not result.taken.within:
         out.print(
             "  [yellow]moved further than --strength allows:[/] look at what it draws for other prompts; a lower "

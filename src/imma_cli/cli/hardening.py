@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from imma_cli.families.model import Model
     from imma_cli.families.processes import Processes
     from imma_cli.families.runtime import Runtime
+    from imma_cli.immunizers.checking import Check
     from imma_cli.immunizers.imma import Immunized, ImmunizerSettings, Step
     from imma_cli.immunizers.keeper import Keeper
     from imma_cli.immunizers.retention import Retention
@@ -128,12 +129,20 @@ def checked(settings: HardeningSettings | None, model: Model, pairs: int) -> Har
     Raises:
         ImmaError: there are too few steps for *pairs* attacks on concepts.
     """
-    from imma_cli.immunizers.settings import EpisodesSettings
+    from imma_cli.immunizers.settings import EpisodesSettings, defaults_for
 
     if not isinstance(settings, EpisodesSettings):
         return settings
-    settings.require_enough(model, pairs)
+    settings.require_enough(defaults_for(model).steps, pairs)
     return settings.resolved(model)
+
+
+def require_enough(settings: HardeningSettings, pairs: int, *, small: bool) -> None:
+    """Raises ImmaError where there are too few steps for *pairs* attacks on concepts, of a model that is *small* or not."""
+    from imma_cli.immunizers.settings import FULL_SIZE, SMALL, EpisodesSettings
+
+    if isinstance(settings, EpisodesSettings):
+        settings.require_enough((SMALL if small else FULL_SIZE).steps, pairs)
 
 
 def drawn(task: Task, count: int, seed: int, keeper: Keeper, processes: Processes, *, quiet: bool) -> list[Concept]:
@@ -199,10 +208,17 @@ def carry_out(
     def release() -> None:
         model.release(needed)
 
+    def show_check(check: Check) -> None:
+        if not seen:
+            advance(check.cycle, short_attack=check.undefended)  # where the curve begins: on the original
+        seen.append(check)
+        advance(check.cycle, short_attack=check.loss)
+
     model, attacks, concepts, settings = task.model, task.attacks, task.concepts, task.settings
     if settings is None:
         return Immunized({})
     processes = processes or ALONE
+    seen: list[Check] = []
     needed = {part for attack in attacks for part in attack.computes_with}
     cycles = cycles_of(model, attacks, len(concepts), settings)
     if not isinstance(settings, EpisodesSettings):
@@ -224,7 +240,7 @@ def carry_out(
             task.runtime,
             retention,
             show,
-            lambda check: advance(check.cycle, short_attack=check.loss),
+            show_check,
             keeper=keeper,
             on_encoded=release,
             processes=processes,

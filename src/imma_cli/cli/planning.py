@@ -1,4 +1,4 @@
-"""What `imma harden --dry-run` says: a few real steps on a copy, and what all of them would take."""
+"""What `imma harden --dry-run` says: a few real steps on a copy, and what all of them would take. Elsewhere, an estimate."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from imma_cli.attacks.attack import Attack
     from imma_cli.cli.fitting import Saving
-    from imma_cli.cli.hardening import Task
+    from imma_cli.cli.hardening import HardeningSettings, Task
     from imma_cli.families.model import Model
     from imma_cli.families.runtime import Runtime
     from imma_cli.immunizers.estimate import Estimate
@@ -86,8 +86,7 @@ def say_plan(
     if json:
         print_json(plan)
         return
-    exists = " (it exists: give --force to replace it)" if target.exists() else ""
-    out.print(f"Would write {target}{exists}", markup=False)
+    out.print(f"Would write {target}{_exists(target)}", markup=False)
     out.print(
         f"  change: {plan['would_change_tensors']} tensors, {plan['would_change_parameters']:,} values{f' ({settings.protect})' if settings else ''}"
     )
@@ -112,8 +111,10 @@ def say_plan(
 def say_elsewhere(
     runtime: Runtime,
     saving: Saving,
+    settings: HardeningSettings,
     attacks: Sequence[Attack],
     names: Sequence[str],
+    erasing: str | None,
     target: Path,
     expected: Estimate,
     *,
@@ -121,23 +122,31 @@ def say_elsewhere(
 ) -> None:
     """What a run on a GPU that this machine lacks would need. How long it takes, nothing here can tell."""
     if json:
-        print_json(
-            {
-                "would_write": str(target),
-                "attacks": [spec(attack) for attack in attacks],
-                "concepts": list(names),
-                "runtime": asdict(runtime),
-                "estimated_peak_bytes": expected.peak,
-            }
-        )
+        plan = {
+            "would_write": str(target),
+            "attacks": [{"name": attack.name, "spec": spec(attack)} for attack in attacks],
+            "settings": asdict(settings),
+            "concepts": list(names),
+            **({"erase": {"method": erasing}} if erasing else {}),
+            "runtime": asdict(runtime),
+            "estimated_peak_bytes": expected.peak,
+        }
+        print_json(plan)
         return
-    out.print(f"Would write {target}", markup=False)
+    out.print(f"Would write {target}{_exists(target)}", markup=False)
+    if erasing:
+        out.print(f"  erase first, by {erasing}: what that needs is not estimated")
     out.print(f"  against {', '.join(spec(attack) for attack in attacks)}", markup=False)
-    out.print(f"  on {runtime}{f', {saving.options}' if saving.options else ''}", markup=False)
+    options = f"{saving.options}{' --8bit' * settings.eight_bit}".strip()
+    out.print(f"  on {runtime}{f', {options}' if options else ''}", markup=False)
     out.print(
         f"  peak memory about {expected.peak / 1e9:.1f} GB, estimated on this machine, which has no CUDA device: "
         "not counting what CUDA takes for itself, some hundred MB. How long it takes, only the GPU can tell."
     )
+
+
+def _exists(target: Path) -> str:
+    return " (it exists: give --force to replace it)" if target.exists() else ""
 
 
 def _erasing(

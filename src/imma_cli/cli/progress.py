@@ -58,7 +58,7 @@ class Course:
     def __rich__(self) -> Group:
         lines = []
         for name, values in self.curves.items():
-            recent = values[-20:]
+            recent = values[-min(20, 1 + len(values) // 10) :]
             lines.append(Text(f"  {name:<14} {sparkline(values)}  {sum(recent) / len(recent):.4f}"))
         return Group(self.bar, *lines)
 

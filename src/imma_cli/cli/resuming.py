@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from imma_cli.immunizers.keeper import FileKeeper
     from imma_cli.immunizers.state import SavedState
 
-LAYOUT = 2
+LAYOUT = 3
 """Of the states themselves: one that was written in another cannot be read."""
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 

@@ -113,9 +113,7 @@ def choose_runtime(
     if kind not in ("cpu", "cuda"):
         reasons.append(f"--device {device}: choose auto, cpu, cuda or cuda:N")
     elif kind == "cuda" and not cuda:
-        reasons.append(
-            f"--device {device}: this PyTorch sees no CUDA device (imma harden --dry-run tells what one would need)"
-        )
+        reasons.append(f"--device {device}: this PyTorch sees no CUDA device")
     elif kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         reasons.append(f"--device {device}: there are only {torch.cuda.device_count()} CUDA devices")
     faults = [] if attention == "sdpa" else xformers_faults(device if kind else "cpu")

@@ -33,7 +33,7 @@ from imma_cli.immunizers.imma import Immunized, Step
 from imma_cli.immunizers.keeper import Keeper
 from imma_cli.immunizers.originals import put_back
 from imma_cli.immunizers.retention import Retention
-from imma_cli.immunizers.settings import EpisodesSettings
+from imma_cli.immunizers.settings import EpisodesSettings, defaults_for
 from imma_cli.immunizers.simulated import draw_attacker
 from imma_cli.immunizers.state import State, random_state, restore_random_state
 
@@ -61,11 +61,11 @@ def immunize_in_episodes(
     batches of every step, and all end with the same weights.
 
     Raises:
-        NotFiniteError: a loss became NaN or infinite, whoever attacked.
+        NotFiniteError: a loss or a gradient became NaN or infinite, whoever attacked.
         ImmaError: an attack cannot be attached, its loss depends on none of the weights, or there are too few steps.
     """
     pairs = len(attacks) * len(concepts)
-    settings.require_enough(model, pairs)
+    settings.require_enough(defaults_for(model).steps, pairs)
     cycles = settings.cycles(model)
     keeper = keeper or Keeper()
     defender = Defender(model, settings, retention, runtime, processes)

@@ -154,7 +154,7 @@ def immunize(
     *processes* share the batches of every step; all of them end with the same weights.
 
     Raises:
-        NotFiniteError: a loss became NaN or infinite.
+        NotFiniteError: a loss or a gradient became NaN or infinite.
         ImmaError: an attack's loss depends on none of the protected weights.
     """
     keeper = keeper or Keeper()

@@ -55,7 +55,7 @@ class EpisodesSettings:
     keep_batch: int = 4
     """Noised pictures of other things in an outer step, each predicted with and without its prompt; 0: nothing is held on to."""
     anneal: bool = True
-    """Whether the immunizing rate falls to zero over the run: the noise of the last steps is drift that resists nobody."""
+    """Whether the outer rate falls to zero over the run: the last steps would otherwise be mostly noise, which resists nobody."""
     checks: int = 3
     """How often along the way a short real attack is run on a copy, to stop where it gets no harder; 0: never. No more often
     than once in as many outer steps as the attack has."""
@@ -74,11 +74,11 @@ class EpisodesSettings:
         """How many outer steps there are."""
         return max(1, (self.steps or defaults_for(model).steps) // (1 + self.inner_steps))
 
-    def require_enough(self, model: Model, pairs: int) -> None:
-        """Raises ImmaError where not each of *pairs* attacks on concepts can be simulated."""
+    def require_enough(self, usual: int, pairs: int) -> None:
+        """Raises ImmaError where not each of *pairs* attacks on concepts can be simulated; *usual* steps, where none are set."""
         if not pairs:
             raise ImmaError("There is no attack to immunize against.", hint="imma attacks lists the names.")
-        steps, fewest = self.steps or defaults_for(model).steps, (1 + self.inner_steps) * pairs
+        steps, fewest = self.steps or usual, (1 + self.inner_steps) * pairs
         if steps < fewest:
             raise ImmaError(
                 f"{pairs} attacks on concepts cannot all be simulated in {steps} steps.",
