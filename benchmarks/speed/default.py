@@ -4,7 +4,7 @@
     python benchmarks/speed/default.py --draw  # the table again, from the raw lines
 
 Random weights, 512 × 512 pixels, LoRA, fp32. Every line has a process of its own, on one core; seconds are the
-processor's. Needs 5 GB of disk under --work, and 10 GB of memory.
+processor's. Needs 5 GB of disk under --work, and 16 GB of memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import page
 from loops import concept
 
 RESULTS = Path(__file__).parent / "results" / "default.jsonl"
-SAVINGS = {"as it comes": (False, False), "--low-memory": (True, False)}
+SAVINGS = {"as it comes": (False, False)}
 """Low memory, gradient checkpointing."""
 CYCLES = 3
 """The first makes the optimizers' states, and is not counted."""
