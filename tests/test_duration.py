@@ -106,7 +106,7 @@ def test_large_models_are_told_the_time_before_the_first_step(
     monkeypatch.setattr("imma_cli.families.model.SMALL_MODEL", 0)
     code, _, said = imma(*command)
     assert code == 0, said
-    assert 0 < said.index("in all, estimated from the time of one prediction") < said.index("Hardening, 4 steps")
+    assert 0 < said.index("in all, estimated from the time of one prediction") < said.index("Hardening, 4 cycles")
 
 
 def test_a_dry_run_times_what_one_of_several_processes_does(
