@@ -27,9 +27,14 @@ CONCEPTS = Path(__file__).parents[1] / "src" / "imma_cli" / "demo" / "concepts"
 METRICS = ("effnet", "effnet-style", "pixel:side=64", "ssim:side=64")
 
 
+def pairs_within(table: NDArray[np.float64], own: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Of two different pictures of *own*."""
+    return table[np.ix_(own, own)][~np.eye(own.sum(), dtype=bool)]
+
+
 def separation(table: NDArray[np.float64], own: NDArray[np.bool_]) -> float:
     """How often a pair within *own* is more alike than a pair across; ties count half."""
-    within = table[np.ix_(own, own)][~np.eye(own.sum(), dtype=bool)]
+    within = pairs_within(table, own)
     across = np.sort(table[np.ix_(own, ~own)].ravel())
     below = np.searchsorted(across, within, "left") + np.searchsorted(across, within, "right")
     return float(below.mean() / 2 / len(across))
@@ -37,8 +42,7 @@ def separation(table: NDArray[np.float64], own: NDArray[np.bool_]) -> float:
 
 def means(table: NDArray[np.float64], own: NDArray[np.bool_]) -> tuple[float, float]:
     """Of pairs within *own*, and of pairs across."""
-    within = table[np.ix_(own, own)][~np.eye(own.sum(), dtype=bool)]
-    return float(within.mean()), float(table[np.ix_(own, ~own)].mean())
+    return float(pairs_within(table, own).mean()), float(table[np.ix_(own, ~own)].mean())
 
 
 def main() -> None:

@@ -220,6 +220,6 @@ def say(found: Estimate, saving: Saving, settings: HardeningSettings, runtime: R
         options += f" --batch-size {settings.batch_size} --accumulate {settings.accumulate}"
     how = f" with {options.strip()}" if options and chosen else ""
     err.print(
-        f"About {found.peak / 1e9:.1f} GB at most{how}, estimated, not counting Python and torch; {free_memory(runtime) / 1e9:.1f} GB are free.",
+        f"About {found.peak / 1e9:.1f} GB{how}, estimated, not counting Python and torch; {free_memory(runtime) / 1e9:.1f} GB are free.",
         markup=False,
     )

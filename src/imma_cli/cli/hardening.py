@@ -129,11 +129,11 @@ def checked(settings: HardeningSettings | None, model: Model, pairs: int) -> Har
     Raises:
         ImmaError: there are too few steps for *pairs* attacks on concepts.
     """
-    from imma_cli.immunizers.settings import EpisodesSettings, defaults_for
+    from imma_cli.immunizers.settings import EpisodesSettings
 
     if not isinstance(settings, EpisodesSettings):
         return settings
-    settings.require_enough(defaults_for(model).steps, pairs)
+    require_enough(settings, pairs, small=model.is_small)
     return settings.resolved(model)
 
 
