@@ -235,9 +235,9 @@ def test_fit_goes_on_as_the_interrupted_run_began(
     assert [
         part for part in ("settings.batch_size: 1 then, 2 now", "settings.seed: 0 then, 3 now") if part not in err
     ] == []
-    assert "at most with --low-memory" in run(needs[0] + 1, "--resume", "--dry-run")
+    assert "GB with --low-memory" in run(needs[0] + 1, "--resume", "--dry-run")
     said = run(needs[0] + 1, "--resume")
-    assert "at most with --low-memory" in said
+    assert "GB with --low-memory" in said
     assert "after cycle 1" in said
 
 
@@ -294,7 +294,7 @@ def test_fit_leaves_out_what_takes_too_much(
     )  # fmt: skip
     said = " ".join(err.split())
     assert code == 0, err
-    assert "at most with --low-memory" in said
+    assert "GB with --low-memory" in said
     assert "Left out, as it takes a second copy of all weights: full-finetune" in said
 
 
