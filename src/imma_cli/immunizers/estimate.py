@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from imma_cli.checkpoints.row_map import described_network
+from imma_cli.checkpoints.row_map import empty_network
 from imma_cli.families.halving import halve, halved_layers
 from imma_cli.families.model import SMALL_MODEL
 from imma_cli.families.recomputing import Recompute, recompute, usual
@@ -70,7 +70,7 @@ def estimate(
 ) -> Estimate:
     """The estimate for the model that the folder *config* describes, with that many *concepts*. *recomputed* as
     `Runtime.apply` takes it; *mixed*: losses in 16 bits, as a GPU's autocast computes them."""
-    networks = {part: described_network(part, config) for part in ("unet", "vae", "text_encoder")}
+    networks = {part: empty_network(part, config) for part in ("unet", "vae", "text_encoder")}
     sizes = {part: _bytes(network.parameters()) for part, network in networks.items()}
     unet, everything = networks["unet"], sizes["unet"]
     small = everything < SMALL_MODEL * FLOAT
@@ -109,7 +109,7 @@ def estimate(
 def _encoding(config: Path, side: int) -> int:
     """Bytes that encoding one picture has at most at once."""
     with FakeTensorMode(), torch.no_grad():
-        shadow = _shadow(described_network("vae", config))
+        shadow = _shadow(empty_network("vae", config))
         with Living(shadow.parameters()) as living:
             shadow.encode(torch.randn(1, 3, side, side)).latent_dist.mean.add(0)
     return int(living.peak)
@@ -125,7 +125,7 @@ def _shadow(network: Any) -> Any:
 
 @cache
 def _shadow_of(config: Path, protect: Protect, halved: bool, recomputed: Recompute, mixed: bool) -> Shadow:
-    return Shadow(described_network("unet", config), protect, halved=halved, recomputed=recomputed, mixed=mixed)
+    return Shadow(empty_network("unet", config), protect, halved=halved, recomputed=recomputed, mixed=mixed)
 
 
 class Shadow:
