@@ -41,6 +41,15 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["harden", str(checkpoint), "--config", str(config), "--concept", "blue style", *drawn]
 
 
+SHORT = """
+from imma_cli.cli import main
+from imma_cli.immunizers import checking, settings
+
+settings.STEPS = 8
+checking.QuickCheck.__init__.__defaults__ = (8, None)
+
+main()
+"""
 FAULTY = """
 import os
 from imma_cli.cli import main
@@ -66,6 +75,7 @@ main()
 def harden(
     command: Sequence[str], output: Path, rank: int = 0, several: int = 1, port: int = 0, fault: str = ""
 ) -> Any:
+    """Starts a process of its own; what checks a run does are shorter than a user's."""
     launched = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -75,7 +85,7 @@ def harden(
     }
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **({k: str(v) for k, v in launched.items()} if port else {})}
     return subprocess.Popen(
-        [sys.executable, *(("-c", FAULTY) if fault else ("-m", "imma_cli")), *command, "--output", str(output)],
+        [sys.executable, "-c", FAULTY if fault else SHORT, *command, "--output", str(output)],
         env=environment | {"FAULT": fault}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -88,7 +98,7 @@ def free_port() -> int:
 
 @pytest.mark.parametrize(
     "how",
-    [["--method", "imma", "--attack", "full-finetune", "--steps", "8"], ["--steps", "126"]],
+    [["--method", "imma", "--attack", "full-finetune", "--steps", "8"], ["--steps", "30"]],
     ids=["published", "in episodes, with a check"],
 )
 def test_two_processes_end_with_the_weights_of_one(command: list[str], how: list[str], tmp_path: Path) -> None:
@@ -138,7 +148,7 @@ def saved_steps(output: Path) -> int:
 def test_ctrl_c_ends_all_after_the_same_cycle_and_the_state_goes_on(command: list[str], tmp_path: Path) -> None:
     port = free_port()
     how, output = (
-        [*command, "--method", "imma", "--steps", "120", "--save-every", "1e-9"],
+        [*command, "--method", "imma", "--steps", "60", "--save-every", "1e-9"],
         tmp_path / "later.safetensors",
     )
     how.remove("--json")
@@ -153,7 +163,7 @@ def test_ctrl_c_ends_all_after_the_same_cycle_and_the_state_goes_on(command: lis
         process.send_signal(signal.SIGINT)
     complaints = [process.communicate(timeout=120)[1] for process in together]
     assert [process.returncode for process in together] == [130, 130], complaints
-    assert 0 < saved_steps(output) < 60
+    assert 0 < saved_steps(output) < 30
     port = free_port()
     again = [harden([*how, "--resume"], output, rank, 2, port) for rank in range(2)]
     complaints = [process.communicate(timeout=600)[1] for process in again]
