@@ -70,6 +70,18 @@ def tiny_model(loaded_once: Model) -> Model:
 
 
 @pytest.fixture
+def short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short attacks along a hardening in episodes have 8 steps, and every 8 outer steps are worth one."""
+    from imma_cli.cli import planning
+    from imma_cli.immunizers import checking, duration, settings
+
+    monkeypatch.setattr(checking.QuickCheck.__init__, "__defaults__", (8, None))
+    monkeypatch.setattr(settings, "STEPS", 8)
+    monkeypatch.setattr(duration, "CHECK_STEPS", 8)
+    monkeypatch.setattr(planning, "CHECK_STEPS", 8)
+
+
+@pytest.fixture
 def imma(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs ``imma`` with arguments in this process; gives exit code, output and messages."""
 

@@ -54,10 +54,11 @@ def test_every_step_of_the_published_loop_is_counted(tiny_model: Model, settings
     assert passes_made(lambda: immunize(tiny_model, attacks, concepts, settings, CPU)) == told
 
 
+@pytest.mark.usefixtures("short_checks")
 @pytest.mark.parametrize("aim", ["relative", "absolute", "original"])
 def test_everything_that_episodes_predict_is_counted(tiny_model: Model, aim: Aim) -> None:
     """Drawing included, and the short attacks along the way."""
-    settings = EpisodesSettings(steps=123, checks=2, accumulate=2, objective=aim)
+    settings = EpisodesSettings(steps=27, checks=2, accumulate=2, objective=aim)
     attack = attack_named("lora")
 
     def work() -> None:
