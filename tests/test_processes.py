@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -106,6 +107,7 @@ def test_two_processes_end_with_the_weights_of_one(command: list[str], how: list
     alone = harden([*command, *how, "--accumulate", "2"], tmp_path / "alone.safetensors")
     said, complaint = alone.communicate(timeout=600)
     assert alone.returncode == 0, complaint
+    assert len(json.loads(said)["checks"]) == (0 if "imma" in how else 1)
     port = free_port()
     together = [harden([*command, *how], tmp_path / "together.safetensors", rank, 2, port) for rank in range(2)]
     answers = [process.communicate(timeout=600) for process in together]

@@ -167,7 +167,7 @@ def draw_all(
     concepts = []
     began = monotonic()
     for name in task.names:
-        with course(f"Drawing {name}", count, of="pictures", quiet=quiet) as advance:
+        with task.runtime.autocast(), course(f"Drawing {name}", count, of="pictures", quiet=quiet) as advance:
             concepts.append(
                 draw_concept(
                     task.model,
