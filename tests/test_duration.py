@@ -60,6 +60,7 @@ def test_everything_that_episodes_predict_is_counted(tiny_model: Model, aim: Aim
     """Drawing included, and the short attacks along the way."""
     settings = EpisodesSettings(steps=27, checks=2, accumulate=2, objective=aim)
     attack = attack_named("lora")
+    assert settings.checks_in(settings.cycles(tiny_model)) == 1
 
     def work() -> None:
         concept = draw_concept(tiny_model, "blue style", role="defend", seed=0, count=5)

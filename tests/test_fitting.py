@@ -31,15 +31,17 @@ CPU = Runtime("cpu", "sdpa", "fp32")
 SETTINGS = ImmunizerSettings()
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import psutil, torch
+# first, so that what they take is not counted
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 torch.set_num_threads(1)
 from imma_cli.families.runtime import Runtime
 from imma_cli.immunizers.estimate import estimate
 from imma_cli.immunizers.imma import ImmunizerSettings
+from imma_cli.immunizers.memory import peak_memory
 from imma_cli.attacks.manager import discover
 from imma_cli.attacks.settings import parse_attacks
 from test_imma import some_concept
@@ -55,27 +57,20 @@ if method == "episodes":
     settings = EpisodesSettings(steps=6, checks=0)
 else:
     settings = ImmunizerSettings(steps=4, batch_size=3 if method == "batch" else 1)
-
-def peak():
-    status = Path("/proc/self/status")
-    if status.exists():  # there, what the tests' own process held is not counted
-        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-imported = peak()
+runtime, concepts = Runtime("cpu", "sdpa", "fp32"), [some_concept()]
+imported = peak_memory(runtime)
 expected = estimate(config, attacks, settings, halved=low, recomputed=again, on_cpu=True)
-for_estimate = peak() - imported
+for_estimate = peak_memory(runtime) - imported
 before = psutil.Process().memory_info().rss
 model = random_model(config)
 size = sum(4 * weight.numel() for weight in model.unet.parameters())
 model = Runtime("cpu", "sdpa", "fp32", halved=low).apply(model, recomputed=again)
-runtime, concepts = Runtime("cpu", "sdpa", "fp32"), [some_concept()]
 if method == "episodes":
     retention = retain(model, ["a cat", "moon", "tree", "sun"], noisings=8, seed=0, runtime=runtime)
     immunize_in_episodes(model, attacks, concepts, settings, runtime, retention, on_encoded=lambda: model.release(["text_encoder"]))
 else:
     immunize(model, attacks, concepts, settings, runtime, on_encoded=lambda: model.release(()))
-print(json.dumps([expected.peak + before, peak(), for_estimate, size]))
+print(json.dumps([expected.peak + before, peak_memory(runtime), for_estimate, size]))
 """
 
 

@@ -337,7 +337,8 @@ def test_low_memory_is_said(imma, tiny_checkpoint, tiny_config, pictures, tmp_pa
 @pytest.mark.usefixtures("short_checks")
 @pytest.mark.parametrize("settings", [ImmunizerSettings(steps=2), EpisodesSettings(steps=30, checks=1)])
 def test_networks_that_no_attack_computes_with_take_no_memory(tiny_model: Model, settings) -> None:
-    carry_out(Task(tiny_model, [attack_named("lora")], [some_concept()], settings, CPU), Keeper(), quiet=True)
+    done = carry_out(Task(tiny_model, [attack_named("lora")], [some_concept()], settings, CPU), Keeper(), quiet=True)
+    assert len(done.checks) == isinstance(settings, EpisodesSettings)
     assert sum(p.untyped_storage().nbytes() for p in tiny_model.vae.parameters()) == 0
     assert all(p.untyped_storage().nbytes() for p in tiny_model.unet.parameters())
 

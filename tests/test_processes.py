@@ -76,7 +76,7 @@ main()
 def harden(
     command: Sequence[str], output: Path, rank: int = 0, several: int = 1, port: int = 0, fault: str = ""
 ) -> Any:
-    """Starts a process of its own; what checks a run does are shorter than a user's."""
+    """Starts a process of its own. Its short attacks along the way are shorter than a user's; with a *fault* it has none."""
     launched = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -150,7 +150,7 @@ def saved_steps(output: Path) -> int:
 def test_ctrl_c_ends_all_after_the_same_cycle_and_the_state_goes_on(command: list[str], tmp_path: Path) -> None:
     port = free_port()
     how, output = (
-        [*command, "--method", "imma", "--steps", "60", "--save-every", "1e-9"],
+        [*command, "--method", "imma", "--steps", "90", "--save-every", "1e-9"],
         tmp_path / "later.safetensors",
     )
     how.remove("--json")
@@ -165,7 +165,7 @@ def test_ctrl_c_ends_all_after_the_same_cycle_and_the_state_goes_on(command: lis
         process.send_signal(signal.SIGINT)
     complaints = [process.communicate(timeout=120)[1] for process in together]
     assert [process.returncode for process in together] == [130, 130], complaints
-    assert 0 < saved_steps(output) < 30
+    assert 0 < saved_steps(output) < 45
     port = free_port()
     again = [harden([*how, "--resume"], output, rank, 2, port) for rank in range(2)]
     complaints = [process.communicate(timeout=600)[1] for process in again]

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_imma import some_concept
 
+from imma_cli.cli.hardening import Task, draw_all
 from imma_cli.environment import SETTINGS
 from imma_cli.errors import ImmaError
 from imma_cli.families import allocator
@@ -106,3 +108,12 @@ def test_the_heap_gives_gaps_back_before_the_turn_and_only_on_the_way_to_a_gradi
     assert given == []
     unet(*inputs)
     assert given == ["malloc_trim"] * 2
+
+
+def test_concepts_are_drawn_in_the_precision_of_the_run(tiny_model: Model) -> None:
+    computed: list[torch.dtype] = []
+    tiny_model.unet.conv_in.register_forward_hook(lambda layer, inputs, output: computed.append(output.dtype))
+    task = Task(tiny_model, [], [some_concept()], None, Runtime("cpu", "sdpa", "bf16"))
+    concepts, _ = draw_all(task, 1, 0, quiet=True)
+    assert len(concepts[0].images) == 1
+    assert set(computed) == {torch.bfloat16}

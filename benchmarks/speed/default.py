@@ -3,7 +3,7 @@
     python benchmarks/speed/default.py         # raw lines to benchmarks/speed/results/default.jsonl, the table to docs/performance.md
     python benchmarks/speed/default.py --draw  # the table again, from the raw lines
 
-Random weights, 512 × 512 pixels, LoRA, fp32, on one core; seconds are the processor's. Needs 5 GB of disk under --work, and 16 GB of memory.
+Random weights, 512 × 512 pixels, LoRA, fp32, on one core; seconds are the processor's. Needs 5 GB of disk under --work, and 10 GB of memory.
 """
 
 from __future__ import annotations

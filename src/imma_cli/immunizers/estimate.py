@@ -120,6 +120,7 @@ def _shadow(network: Any) -> Any:
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty(p.shape, device="cpu"), requires_grad=False) for p in network.parameters()
     }
+    memo |= {id(b): torch.empty(b.shape, dtype=b.dtype, device="cpu") for b in network.buffers()}
     return copy.deepcopy(network, memo).eval()
 
 
