@@ -48,7 +48,6 @@ from imma_cli.immunizers import checking, settings
 
 settings.STEPS = 8
 checking.QuickCheck.__init__.__defaults__ = (8, None)
-
 main()
 """
 FAULTY = """

@@ -117,3 +117,16 @@ def test_concepts_are_drawn_in_the_precision_of_the_run(tiny_model: Model) -> No
     concepts, _ = draw_all(task, 1, 0, quiet=True)
     assert len(concepts[0].images) == 1
     assert set(computed) == {torch.bfloat16}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells no other figure")
+def test_a_measured_peak_is_the_processs_own() -> None:
+    """And not that of the larger one that started it."""
+    held = torch.ones(200_000_000)
+    tells = """
+from imma_cli.families.runtime import Runtime
+from imma_cli.immunizers.memory import peak_memory
+print(peak_memory(Runtime("cpu", "sdpa", "fp32")))
+"""
+    done = subprocess.run([sys.executable, "-c", tells], check=True, capture_output=True, text=True)
+    assert 0 < int(done.stdout) < held.nbytes

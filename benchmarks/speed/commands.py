@@ -3,8 +3,8 @@
     python benchmarks/speed/commands.py         # raw lines to benchmarks/speed/results/commands.jsonl, the table to docs/performance.md
     python benchmarks/speed/commands.py --draw  # the table again, from the raw lines
 
-Random weights, 512 × 512 pixels, fp32, two cycles of the published method: the memory does not grow with their number. Needs
-9 GB of disk under --work, and 8 GB of memory; 16 where the checkpoint has to be made first. Estimates do not count what Python,
+Random weights, 512 × 512 pixels, fp32, two cycles of the published method. Needs 9 GB of disk under --work, and 8 GB of
+memory; 16 where the checkpoint has to be made first. Estimates do not count what Python,
 torch and diffusers take by themselves: that is measured apart, after an estimate of the demo model's size.
 """
 
